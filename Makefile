@@ -1,0 +1,62 @@
+# `make test` works on a machine with python3 (3.11 or later), make and git:
+# it creates $(VENV) and installs what it needs there.
+
+PYTHON ?= python3
+VENV ?= .venv
+# For instance TORCH_INDEX=https://download.pytorch.org/whl/cpu, where the default
+# index has only the CUDA build of torch (several gigabytes).
+TORCH_INDEX ?=
+# For instance PYTEST_ARGS="-m 'not slow'".
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-stamp
+SETUP_CONVERT := $(VENV)/.setup-convert-stamp
+
+.PHONY: setup setup-convert quickstart test test-torch lint clean
+.DELETE_ON_ERROR:
+
+# The stamps are newer than pyproject.toml as long as it has not changed.
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: no '$(PYTHON)' here: install Python 3.11 or later" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), but lrm_jax needs Python 3.11" \
+	    "or later: pass one as 'make PYTHON=python3.12 ...'" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) cannot create virtual environments (no ensurepip):" \
+	    "on Debian or Ubuntu, run 'apt-get install python3-venv'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart,dev]'
+	@touch $@
+
+# torch alone and first: the extra's `torch>=...` is then satisfied by the CPU build.
+setup-convert: $(SETUP_CONVERT)
+
+$(SETUP_CONVERT): $(SETUP)
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0' \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --editable '.[convert]'
+	@touch $@
+
+# About 0.3 M parameters on real handwritten digits; CPU only, minutes.
+quickstart: setup
+	$(BIN)/python train/generator.py --config configs/quickstart_generator.py
+	$(BIN)/python train/reward.py --config configs/quickstart.py
+
+# Every test, the slow ones included. Those that need torch skip without it.
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-torch: setup-convert test
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Leaves runs/ (results) alone.
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,271 @@
+"""From names and numbers to objects: the one module that knows every class.
+
+Two sources of names: a model folder's `config.json`, and the ConfigDicts of
+`configs/`. Plain dict literals, no registry.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lrm_jax import folder as folder_lib
+from lrm_jax import weights
+from lrm_jax.models import clip, conv_head, lora, mmdit, qformer_head, reward, t5, vae
+
+CONFIG_CLASSES = {
+  cls.__name__: cls
+  for cls in (
+    clip.CLIPTextConfig,
+    conv_head.ConvHeadConfig,
+    lora.LoRAConfig,
+    mmdit.MMDiTConfig,
+    qformer_head.QFormerHeadConfig,
+    reward.RewardConfig,
+    reward.ScoringConfig,
+    t5.T5Config,
+    vae.VAEConfig,
+  )
+}
+
+DTYPES = {
+  "float32": jnp.float32,
+  "bfloat16": jnp.bfloat16,
+  "float16": jnp.float16,
+}
+
+REWARD_PRESETS = {
+  "dina_sd35m_12layers": reward.RewardConfig.dina_sd35m_12layers,
+  "drm_2b": reward.RewardConfig.drm_2b,
+  "drm_7b": reward.RewardConfig.drm_7b,
+}
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+  """A config dataclass as JSON-ready values, with its class under `type`."""
+  values: dict[str, Any] = {"type": type(config).__name__}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    values[field.name] = (
+      config_to_dict(value) if dataclasses.is_dataclass(value) else value
+    )
+  return values
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Any:
+  """The inverse of `config_to_dict`.
+
+  Raises:
+    ValueError: an unknown class, or fields that its dataclass does not take.
+  """
+  values = dict(values)
+  name = values.pop("type", None)
+  if name not in CONFIG_CLASSES:
+    raise ValueError(f"config type {name!r}: use one of {sorted(CONFIG_CLASSES)}")
+  kwargs = {}
+  for key, value in values.items():
+    if isinstance(value, Mapping):
+      value = config_from_dict(value)
+    elif isinstance(value, list):
+      value = tuple(value)
+    kwargs[key] = value
+  try:
+    return CONFIG_CLASSES[name](**kwargs)
+  except TypeError as e:
+    raise ValueError(f"{name}: {e}") from e
+
+
+def dtype(name: str) -> Any:
+  """`float32`, `bfloat16` or `float16`.
+
+  Raises:
+    ValueError: another name.
+  """
+  if name not in DTYPES:
+    raise ValueError(f"dtype {name!r}: use one of {sorted(DTYPES)}")
+  return DTYPES[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model split for functional use: `nnx.merge(graphdef, params)` inside jit."""
+
+  graphdef: nnx.GraphDef
+  params: dict
+  config: Any
+
+
+def fit(params: Mapping, like: Mapping, *, name: str) -> dict:
+  """Checks loaded parameters against an abstract tree and casts to its dtypes.
+
+  Raises:
+    FolderError: missing, unexpected or misshapen parameters (all listed).
+  """
+  found, want = weights.flatten(params), weights.flatten(like)
+  problems = [f"missing {p} of shape {want[p].shape}" for p in want if p not in found]
+  problems += [f"unexpected {p}" for p in found if p not in want]
+  problems += [
+    f"{p} has shape {found[p].shape}, the model needs {want[p].shape}"
+    for p in want
+    if p in found and found[p].shape != want[p].shape
+  ]
+  if problems:
+    raise folder_lib.FolderError(
+      f"{name}: {len(problems)} problem(s)\n  " + "\n  ".join(problems)
+    )
+  return weights.unflatten(
+    {p: np.asarray(found[p]).astype(want[p].dtype, copy=False) for p in want}
+  )
+
+
+def _load(folder, name: str, make: Callable[[Any], nnx.Module]) -> Model:
+  path, entry = folder_lib.find(folder, name)
+  config = config_from_dict(entry["config"])
+  graphdef, like = weights.abstract(lambda: make(config))
+  params = fit(folder_lib.load_params(path), like, name=str(path))
+  return Model(graphdef, params, config)
+
+
+def load_transformer(
+  folder: str | os.PathLike,
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = None,
+  scan_blocks: bool = True,
+  attention_impl: str = "auto",
+) -> Model:
+  """The generator: an `mmdit.MMDiT` with all blocks (params are numpy arrays)."""
+  path, entry = folder_lib.find(folder, "transformer")
+  config = config_from_dict(entry["config"])
+  graphdef, like = weights.abstract(
+    lambda: mmdit.MMDiT(
+      config,
+      scan_blocks=scan_blocks,
+      attention_impl=attention_impl,
+      dtype=dtype,
+      param_dtype=dtype if param_dtype is None else param_dtype,
+      rngs=nnx.Rngs(0),
+    )
+  )
+  params = folder_lib.load_params(path)
+  if not scan_blocks:
+    params = mmdit.unstack_params(params)
+  return Model(graphdef, fit(params, like, name=str(path)), config)
+
+
+def load_vae(folder: str | os.PathLike) -> Model:
+  """The autoencoder, float32."""
+  return _load(folder, "vae", lambda c: vae.VAE(c, rngs=nnx.Rngs(0)))
+
+
+def load_clip(
+  folder: str | os.PathLike, name: str, *, dtype: Any = jnp.float32
+) -> Model:
+  """`clip_l` or `clip_g`."""
+  make = lambda c: clip.CLIPText(c, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+  return _load(folder, name, make)
+
+
+def load_t5(folder: str | os.PathLike, *, dtype: Any = jnp.float32) -> Model:
+  """The T5 encoder."""
+  make = lambda c: t5.T5Encoder(c, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+  return _load(folder, "t5", make)
+
+
+def make_reward(
+  config: reward.RewardConfig,
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  trained_dtype: Any = jnp.float32,
+  scan_blocks: bool = True,
+  remat: bool = False,
+  attention_impl: str = "auto",
+  rngs: nnx.Rngs | None = None,
+) -> reward.RewardModel:
+  """A freshly initialised reward model (under `nnx.eval_shape`: an abstract one)."""
+  return reward.RewardModel(
+    config,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    trained_dtype=trained_dtype,
+    scan_blocks=scan_blocks,
+    remat=remat,
+    attention_impl=attention_impl,
+    rngs=nnx.Rngs(0) if rngs is None else rngs,
+  )
+
+
+def load_reward(
+  folder: str | os.PathLike,
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = None,
+  trained_dtype: Any = jnp.float32,
+  scan_blocks: bool = True,
+  attention_impl: str = "auto",
+) -> tuple[Model, reward.ScoringConfig]:
+  """The reward model of a folder, its backbone assembled and truncated.
+
+  A reward component either brings its own backbone (DRM, full fine-tunes) or only
+  adapters and a head, on the folder's (or its base's) transformer (DiNa-LRM).
+
+  Args:
+    dtype: compute dtype.
+    param_dtype: of the backbone's parameters; None means `dtype`.
+    trained_dtype: of adapters and head.
+  """
+  path, entry = folder_lib.find(folder, "reward")
+  config = config_from_dict(entry["config"])
+  graphdef, like = weights.abstract(
+    lambda: make_reward(
+      config,
+      dtype=dtype,
+      param_dtype=dtype if param_dtype is None else param_dtype,
+      trained_dtype=trained_dtype,
+      scan_blocks=scan_blocks,
+      attention_impl=attention_impl,
+    )
+  )
+  params = folder_lib.load_params(path)
+  params["backbone"] = assemble_backbone(folder, entry, params)
+  if not scan_blocks:
+    params["backbone"] = mmdit.unstack_params(params["backbone"])
+  params = fit(params, like, name=str(path))
+  return Model(graphdef, params, config), config_from_dict(entry["scoring"])
+
+
+def assemble_backbone(
+  folder: str | os.PathLike, entry: Mapping[str, Any], params: Mapping
+) -> dict:
+  """Stacked parameters of a reward's truncated backbone, adapters included."""
+  config = config_from_dict(entry["config"])
+  own = params.get("backbone", {})
+  if entry["stored_backbone"] is not None:
+    stored = config_from_dict(entry["stored_backbone"])
+    return mmdit.truncate_params(own, stored, config.backbone)
+  base_path, base_entry = folder_lib.find(folder, "transformer")
+  full = config_from_dict(base_entry["config"])
+  base = mmdit.truncate_params(folder_lib.load_params(base_path), full, config.backbone)
+  return weights.unflatten({**weights.flatten(base), **weights.flatten(own)})
+
+
+def tokenizer_folder(folder: str | os.PathLike) -> pathlib.Path:
+  """The folder (this one or a base) that holds the tokenizers.
+
+  Raises:
+    FolderError: none does.
+  """
+  path, _ = folder_lib.find(folder, "tokenizers")
+  return path.parent
+
+
+def to_device(params: Mapping, sharding: Any = None) -> Any:
+  """numpy parameters -> device arrays."""
+  return jax.device_put(params, sharding)

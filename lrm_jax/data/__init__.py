@@ -1,0 +1,1 @@
+"""Preference pairs: sources, aspect-ratio buckets, batches."""

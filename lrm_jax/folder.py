@@ -1,0 +1,174 @@
+"""The model folder: what conversion writes and everything else loads.
+
+```
+DIR/config.json      what is in it: one readable entry per component
+DIR/transformer/     Orbax checkpoints, one per component, in canonical layout
+DIR/vae/ clip_l/ clip_g/ t5/ reward/ lora/
+DIR/tokenizer/ tokenizer_2/ tokenizer_3/ scheduler/     copied files
+```
+
+A folder may name another one as its `base`: components it does not hold are found
+there, so that many reward models share one copy of the generator.
+"""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lrm_jax import weights
+
+FORMAT = "lrm_jax"
+VERSION = 1
+CONFIG = "config.json"
+
+
+class FolderError(ValueError):
+  """A model folder that is missing, incomplete or of another format."""
+
+
+@contextlib.contextmanager
+def write_atomically(out: str | os.PathLike, *, force: bool) -> Iterator[pathlib.Path]:
+  """Yields a temporary sibling of `out` that becomes `out` only if all goes well.
+
+  An interrupted or failed run leaves no `out` (and, with `force`, the old one as it
+  was).
+
+  Raises:
+    FileExistsError: `out` exists and `force` is not given.
+  """
+  out = pathlib.Path(os.path.abspath(out))
+  if out.exists() and not force:
+    raise FileExistsError(f"{out} exists: choose another folder or pass --force")
+  out.parent.mkdir(parents=True, exist_ok=True)
+  partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir()
+  try:
+    yield partial
+    if out.exists():
+      old = out.with_name(f".{out.name}.old-{os.getpid()}")
+      out.rename(old)
+      partial.rename(out)
+      if old.is_dir():
+        shutil.rmtree(old)
+      else:
+        old.unlink()
+    else:
+      partial.rename(out)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes `config.json`; `config` holds `components` and what else is to be kept."""
+  config = {"format": FORMAT, "version": VERSION, **config}
+  (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+  """`config.json` of a model folder.
+
+  Raises:
+    FolderError: not a model folder, or of another version.
+  """
+  path = pathlib.Path(folder) / CONFIG
+  if not path.is_file():
+    raise FolderError(
+      f"{folder} is not a model folder (no {CONFIG}): make one with "
+      "convert/torch_to_flax.py or train/reward.py"
+    )
+  try:
+    config = json.loads(path.read_text())
+  except json.JSONDecodeError as e:
+    raise FolderError(f"{path} is not valid JSON: {e}") from e
+  found = (config.get("format"), config.get("version"))
+  if found != (FORMAT, VERSION):
+    raise FolderError(
+      f"{path} has (format, version) = {found}, this program reads "
+      f"{(FORMAT, VERSION)}: convert the checkpoint again"
+    )
+  return config
+
+
+def find(folder: str | os.PathLike, name: str) -> tuple[pathlib.Path, dict[str, Any]]:
+  """Where a component lives (here or in a base folder) and its config entry.
+
+  Raises:
+    FolderError: neither this folder nor its bases hold it.
+  """
+  seen = []
+  here: pathlib.Path | None = pathlib.Path(folder)
+  while here is not None and here.resolve() not in seen:
+    seen.append(here.resolve())
+    config = read_config(here)
+    if name in config["components"]:
+      return here / name, config["components"][name]
+    base = config.get("base")
+    here = None if base is None else (here / base)
+  where = " or its base ".join(str(p) for p in seen)
+  raise FolderError(f"{where} holds no component {name!r}")
+
+
+def has(folder: str | os.PathLike, name: str) -> bool:
+  """Whether `find` would succeed."""
+  try:
+    find(folder, name)
+  except FolderError:
+    return False
+  return True
+
+
+def save_params(path: pathlib.Path, leaves: Mapping[str, np.ndarray]) -> None:
+  """Writes path -> array as one Orbax checkpoint.
+
+  The writer's buffers are bounded by the largest array, so that the peak is the
+  component plus little. Uncompressed: weights hardly compress, and it is 10x faster.
+  """
+  largest = max(leaf.nbytes for leaf in leaves.values())
+  handler = ocp.PyTreeCheckpointHandler(
+    save_concurrent_gb=max(1, math.ceil(largest / 1e9)), use_compression=False
+  )
+  tree = _string_keys(weights.unflatten(leaves))
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+
+
+def load_params(path: pathlib.Path) -> dict:
+  """Reads a component as nested parameters of numpy arrays.
+
+  Raises:
+    FolderError: no readable checkpoint there.
+  """
+  if not path.is_dir():
+    raise FolderError(f"{path} is missing: the model folder is incomplete")
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      item = checkpointer.metadata(path.absolute()).item_metadata
+      args = ocp.checkpoint_utils.construct_restore_args(item.tree)
+      args = _as_numpy(args)
+      tree = checkpointer.restore(
+        path.absolute(), args=ocp.args.PyTreeRestore(restore_args=args)
+      )
+  except (ValueError, KeyError, OSError, AttributeError) as e:
+    raise FolderError(f"{path} cannot be read as a checkpoint: {e}") from e
+  return weights.unflatten(weights.flatten(tree))
+
+
+def _as_numpy(args: Any) -> Any:
+  if isinstance(args, Mapping):
+    return {k: _as_numpy(v) for k, v in args.items()}
+  return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _string_keys(tree: Any) -> Any:
+  if isinstance(tree, Mapping):
+    return {str(k): _string_keys(v) for k, v in tree.items()}
+  return tree

@@ -1,0 +1,1 @@
+"""Tables that translate PyTorch checkpoints to our parameters and back."""

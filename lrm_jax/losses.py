@@ -1,0 +1,62 @@
+"""Preference losses on pairs of scores, per example and in float32.
+
+Each takes `r_chosen`, `r_rejected` and `sigma`, all (b,), and returns (b,); a loss
+that does not depend on the noise level ignores it. The caller averages.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr
+
+_P_EPS = 1e-6  # inside the root of the fidelity loss, as in DiNa-LRM
+
+
+def bradley_terry(
+  r_chosen: jax.Array, r_rejected: jax.Array, sigma: jax.Array, *, margin: float = 0.0
+) -> jax.Array:
+  """`-log sigmoid(r+ - r- - margin)`."""
+  del sigma
+  return -jax.nn.log_sigmoid(_gap(r_chosen, r_rejected) - margin)
+
+
+def thurstone(
+  r_chosen: jax.Array,
+  r_rejected: jax.Array,
+  sigma: jax.Array,
+  *,
+  noise_scale: float = 2.0,
+  base_var: float = 0.05,
+) -> jax.Array:
+  """Noise-calibrated Thurstone model with the fidelity loss (DiNa-LRM).
+
+  `var = noise_scale sigma^2 + base_var`, `p = Phi((r+ - r-) / sqrt(2 var + 1e-6))`,
+  `1 - sqrt(p + 1e-6)`.
+  """
+  var = noise_scale * jnp.asarray(sigma, jnp.float32) ** 2 + base_var
+  return _fidelity(_gap(r_chosen, r_rejected), var)
+
+
+def thurstone_constant(
+  r_chosen: jax.Array, r_rejected: jax.Array, sigma: jax.Array, *, var: float = 0.5
+) -> jax.Array:
+  """The same with one variance at every noise level."""
+  del sigma
+  return _fidelity(_gap(r_chosen, r_rejected), jnp.float32(var))
+
+
+def _gap(r_chosen: jax.Array, r_rejected: jax.Array) -> jax.Array:
+  return r_chosen.astype(jnp.float32) - r_rejected.astype(jnp.float32)
+
+
+def _fidelity(gap: jax.Array, var: jax.Array) -> jax.Array:
+  # jax's ndtr goes through erfc in the tail, so p keeps its digits where torch's
+  # Normal.cdf rounds to 0 (below about -5.5).
+  p = ndtr(gap / jnp.sqrt(2.0 * var + 1e-6))
+  return 1.0 - jnp.sqrt(p + _P_EPS)
+
+
+LOSSES = {
+  "bradley_terry": bradley_terry,
+  "thurstone": thurstone,
+  "thurstone_constant": thurstone_constant,
+}

@@ -1,0 +1,1 @@
+"""The networks: backbones, heads, VAE, text encoders. Weights come from keymaps."""

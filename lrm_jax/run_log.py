@@ -1,0 +1,239 @@
+"""What a run leaves behind besides its weights: metrics, and how it was started.
+
+A run folder gets `metrics.jsonl` (one flat object per step), TensorBoard events and
+`run.json`. One process writes: with several hosts, make a RunLog on process 0 only.
+"""
+
+from collections.abc import Mapping
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import tensorboardX
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+class RunLog:
+  """Writes a run's metrics, one line per step, to a folder.
+
+  An existing folder is continued. `resume_step` is the last step of the checkpoint
+  the run restarts from: later lines, which the run is about to write again, are
+  dropped. Without it new steps must come after those already there.
+  `total_steps` and `console` control the progress line: it appears once a run has
+  taken `quiet_seconds`, in place on a terminal and every 30 s elsewhere, and shows
+  the metric named `console_metric`.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    *,
+    resume_step: int | None = None,
+    total_steps: int | None = None,
+    console: bool = True,
+    console_metric: str = "train/loss",
+    quiet_seconds: float | int = 5,
+  ):
+    self.folder = pathlib.Path(folder)
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self._path = self.folder / "metrics.jsonl"
+    lines = read_metrics(self.folder) if self._path.exists() else []
+    if resume_step is not None:
+      lines = [line for line in lines if line["step"] <= resume_step]
+    if self._path.exists():
+      # Also without anything to drop: a killed run may have left half a line.
+      _write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+    self.last_step: int | None = lines[-1]["step"] if lines else None
+    self._file = self._path.open("a")
+    # TensorBoard then hides what an earlier run wrote from this step on.
+    purge_step = None if resume_step is None else resume_step + 1
+    self._board = tensorboardX.SummaryWriter(str(self.folder), purge_step=purge_step)
+    self._progress = None
+    if console:
+      self._progress = _Progress(total_steps, console_metric, quiet_seconds)
+
+  def log(self, step: int | np.integer, metrics: Mapping[str, Any]) -> None:
+    """Writes one step's scalars; the file holds at most one line per step.
+
+    Raises FloatingPointError naming metric and step on NaN or infinity (nothing is
+    written then), ValueError on a value that is no scalar or a step not after the
+    last one.
+    """
+    step = int(step)
+    if self.last_step is not None and step <= self.last_step:
+      raise ValueError(
+        f"step {step} comes after step {self.last_step} in {self._path}; log all "
+        "metrics of a step at once, and give resume_step when restarting"
+      )
+    values = {name: _scalar(name, value) for name, value in metrics.items()}
+    if "step" in values:
+      raise ValueError("'step' is not a metric's name: it is the line's own key")
+    bad = [f"{name} = {v}" for name, v in values.items() if not math.isfinite(v)]
+    if bad:
+      raise FloatingPointError(f"at step {step}: {', '.join(bad)}")
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+    self.last_step = step
+    if self._progress is not None:
+      self._progress.show(step, values)
+
+  def close(self) -> None:
+    if self._progress is not None:
+      self._progress.close()
+    self._file.close()
+    self._board.close()
+
+  def __enter__(self) -> "RunLog":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+
+def read_metrics(folder: str | os.PathLike) -> list[dict[str, float | int]]:
+  """The lines of a run's metrics.jsonl, in order.
+
+  A last line without its newline is the mark of a run killed while writing, and is
+  left out. Raises ValueError on any other line that is no metrics line.
+  """
+  path = pathlib.Path(folder) / "metrics.jsonl"
+  lines = []
+  for number, text in enumerate(path.read_text().splitlines(keepends=True), 1):
+    if not text.endswith("\n"):
+      break
+    try:
+      line = json.loads(text)
+    except json.JSONDecodeError as e:
+      raise ValueError(f"{path}, line {number}: not valid JSON ({e})") from e
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+      raise ValueError(f"{path}, line {number}: not an object with an integer step")
+    if lines and line["step"] <= lines[-1]["step"]:
+      raise ValueError(
+        f"{path}, line {number}: step {line['step']} after {lines[-1]['step']}"
+      )
+    lines.append(line)
+  return lines
+
+
+def write_run_info(
+  folder: str | os.PathLike,
+  config: Mapping[str, Any],
+  *,
+  seed: int,
+  extra: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes `run.json`: versions, git commit, seed, the whole config and `extra`.
+
+  `config` is a plain nested dict; a value that JSON cannot hold is a TypeError.
+  `git` is null where the package does not run from a git checkout.
+  """
+  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  info = dict(
+    versions={"python": platform.python_version(), **versions},
+    git=_git_state(),
+    seed=seed,
+    config=config,
+    extra=extra or {},
+  )
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  _write_text(folder / "run.json", json.dumps(info, indent=2) + "\n")
+
+
+class _Progress:
+  """A line such as `step 120/300  train/loss 0.412  8.9 steps/s  20 s left`."""
+
+  def __init__(self, total_steps: int | None, metric: str, quiet_seconds: float | int):
+    self._total = total_steps
+    self._metric = metric
+    self._quiet = quiet_seconds
+    self._in_place = sys.stderr.isatty()
+    self._interval = 0.5 if self._in_place else 30.0
+    self._start = None  # (time, step) of the first line: compilation is not speed
+    self._opened = time.monotonic()
+    self._shown_at = -math.inf
+    self._width = 0
+
+  def show(self, step: int, values: Mapping[str, float]) -> None:
+    now = time.monotonic()
+    if self._start is None:
+      self._start = (now, step)
+    last = step == self._total
+    due = now - self._shown_at >= self._interval or (last and self._shown_at > 0)
+    if now - self._opened < self._quiet or not due:
+      return
+    self._shown_at = now
+    parts = [f"step {step}" if self._total is None else f"step {step}/{self._total}"]
+    if self._metric in values:
+      parts.append(f"{self._metric} {values[self._metric]:.4g}")
+    seconds, steps = now - self._start[0], step - self._start[1]
+    if steps > 0 and seconds > 0:
+      parts.append(f"{steps / seconds:.3g} steps/s")
+      if self._total is not None:
+        parts.append(f"{_duration((self._total - step) * seconds / steps)} left")
+    text = "  ".join(parts)
+    if self._in_place:
+      # Blanks cover what a longer line left behind.
+      print("\r" + text.ljust(self._width), end="", file=sys.stderr, flush=True)
+      self._width = len(text)
+    else:
+      print(text, file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    if self._width:
+      print(file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours} h {minutes:02d} min"
+  return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _scalar(name: str, value: Any) -> float:
+  array = np.asarray(value)
+  # bool, integers, floats; bfloat16 calls itself a void type.
+  if array.shape != () or array.dtype.kind not in "biufV":
+    raise ValueError(
+      f"metric {name!r} is no real scalar: shape {array.shape}, dtype {array.dtype}"
+    )
+  return float(array)
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+  """Replaces a file at once: a reader sees the old or the new one, never half."""
+  draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
+  draft.write_text(text)
+  draft.replace(path)
+
+
+def _git_state() -> dict[str, Any] | None:
+  """The commit of the checkout this file is tracked in, and whether it is changed."""
+  here = pathlib.Path(__file__).resolve()
+
+  def git(*args: str) -> str:
+    done = subprocess.run(
+      ["git", "-C", str(here.parent), *args], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+  try:
+    # An installed copy may lie inside some other project's checkout.
+    git("ls-files", "--error-unmatch", here.name)
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return dict(commit=git("rev-parse", "HEAD"), changed=bool(changes))
+  except (FileNotFoundError, subprocess.CalledProcessError):
+    return None

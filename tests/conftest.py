@@ -1,0 +1,29 @@
+"""Test environment: 8 fake CPU devices, exact float32, a persistent compile cache.
+
+Set as environment variables before jax is imported, so that command lines started by
+tests inherit them. Variables that are already set win, e.g. `JAX_PLATFORMS=cuda`.
+"""
+
+import os
+import pathlib
+import sys
+
+if "jax" in sys.modules:
+  raise RuntimeError("jax was imported before tests/conftest.py could configure it")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+for name, value in {
+  "JAX_PLATFORMS": "cpu",
+  # float32 dots in float32: some backends default to fewer bits.
+  "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+  "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+  # Nothing in the suite may reach for a network.
+  "HF_HUB_OFFLINE": "1",
+}.items():
+  os.environ.setdefault(name, value)
+
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()

@@ -1,0 +1,128 @@
+"""The metrics file: one line per step, nothing non-finite, exact after a resume."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lrm_jax import run_log
+
+
+def _quiet(folder, **options):
+  return run_log.RunLog(folder, console=False, **options)
+
+
+def test_lines_hold_step_and_scalars(tmp_path):
+  with _quiet(tmp_path) as log:
+    log.log(1, {"train/loss": np.float32(0.5), "train/lr": 1e-3})
+    log.log(np.int64(5), {"train/loss": np.array(0.25)})
+  assert run_log.read_metrics(tmp_path) == [
+    {"step": 1, "train/loss": 0.5, "train/lr": 1e-3},
+    {"step": 5, "train/loss": 0.25},
+  ]
+  assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_metric_stops_the_run(tmp_path, bad):
+  with _quiet(tmp_path) as log:
+    log.log(1, {"loss": 1.0})
+    with pytest.raises(FloatingPointError, match="at step 2: loss = -?(nan|inf)"):
+      log.log(2, {"fine": 1.0, "loss": bad})
+  assert len(run_log.read_metrics(tmp_path)) == 1
+
+
+def test_refuses_what_is_no_scalar(tmp_path):
+  with _quiet(tmp_path) as log:
+    with pytest.raises(ValueError, match="'loss' is no real scalar"):
+      log.log(1, {"loss": np.zeros(2)})
+    with pytest.raises(ValueError, match="'name' is no real scalar"):
+      log.log(1, {"name": "text"})
+    with pytest.raises(ValueError, match="'step' is not a metric"):
+      log.log(1, {"step": 1})
+
+
+def test_existing_folder_is_continued(tmp_path):
+  with _quiet(tmp_path) as log:
+    log.log(1, {"loss": 1.0})
+  with _quiet(tmp_path) as log:
+    assert log.last_step == 1
+    with pytest.raises(ValueError, match="step 1 comes after step 1"):
+      log.log(1, {"loss": 1.0})
+    log.log(2, {"loss": 0.5})
+  assert [line["step"] for line in run_log.read_metrics(tmp_path)] == [1, 2]
+
+
+def test_resume_drops_later_lines_and_half_a_line(tmp_path):
+  def run(folder, steps, **options):
+    with _quiet(folder, **options) as log:
+      for step in steps:
+        log.log(step, {"loss": 1 / step})
+
+  run(tmp_path / "whole", range(1, 9))
+  run(tmp_path / "cut", range(1, 7))
+  path = tmp_path / "cut" / "metrics.jsonl"
+  path.write_text(path.read_text() + '{"step": 7, "lo')
+  run(tmp_path / "cut", range(5, 9), resume_step=4)
+  assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+  assert not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize(
+  "text, problem",
+  [
+    ("{}\n", "line 1: not an object with an integer step"),
+    ('{"step": 1}\nrubbish\n', "line 2: not valid JSON"),
+    ('{"step": 2}\n{"step": 2}\n', "line 2: step 2 after 2"),
+  ],
+)
+def test_damaged_file_is_named(tmp_path, text, problem):
+  (tmp_path / "metrics.jsonl").write_text(text)
+  with pytest.raises(ValueError, match=f"metrics.jsonl, {problem}"):
+    _quiet(tmp_path)
+  assert (tmp_path / "metrics.jsonl").read_text() == text  # left for inspection
+
+
+def test_progress_line_shows_loss_speed_and_time_left(tmp_path, capsys, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
+  with run_log.RunLog(tmp_path, total_steps=100, console_metric="loss") as log:
+    for step in range(1, 101):
+      now[0] += 1.0
+      log.log(step, {"loss": 0.25})
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0] == "step 5/100  loss 0.25  1 steps/s  1 min 35 s left"
+  assert [line.split()[1] for line in lines] == [
+    "5/100",
+    "35/100",
+    "65/100",
+    "95/100",
+    "100/100",
+  ]
+
+
+def test_short_run_is_quiet(tmp_path, capsys):
+  with run_log.RunLog(tmp_path, total_steps=2) as log:
+    log.log(1, {"train/loss": 1.0})
+    log.log(2, {"train/loss": 1.0})
+  assert capsys.readouterr().err == ""
+
+
+def test_run_info(tmp_path):
+  run_log.write_run_info(
+    tmp_path, {"lr": 1e-3, "taps": (2, 4)}, seed=7, extra={"device": "cpu"}
+  )
+  info = json.loads((tmp_path / "run.json").read_text())
+  assert info["config"] == {"lr": 1e-3, "taps": [2, 4]}
+  assert info["seed"] == 7 and info["extra"] == {"device": "cpu"}
+  assert set(info["versions"]) == {
+    "python",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+  }
+  assert info["git"] is None or len(info["git"]["commit"]) == 40
+  with pytest.raises(TypeError):
+    run_log.write_run_info(tmp_path, {"fn": len}, seed=7)

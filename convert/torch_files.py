@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import pathlib
+import re
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -93,18 +95,34 @@ def open_component(folder: pathlib.Path, stem: str) -> Source:
   Raises:
     ConversionError: no weights, or a shard that the index names is missing.
   """
+  path, _ = find_component(folder, stem)
+  if path.suffix == ".json":
+    return _open_index(folder, path)
+  return _open_safetensors([path], str(path))
+
+
+def find_component(folder: pathlib.Path, stem: str) -> tuple[pathlib.Path, str | None]:
+  """(weights file or index of shards, its precision variant such as "fp16" or None).
+
+  Raises:
+    ConversionError: there is neither.
+  """
   if not folder.is_dir():
     raise ConversionError(f"{folder} does not exist")
-  names = sorted(p.name for p in folder.glob(f"{stem}*.safetensors*"))
-  variants = ["", *sorted({n[len(stem) :].split(".")[1] for n in names if "." in n})]
-  for variant in variants:
+  names = sorted(p.name for p in folder.glob(f"{stem}*"))
+  variants = {
+    m[1]
+    for name in names
+    if (m := re.match(rf"{re.escape(stem)}\.([^.-]+)[^.]*\.safetensors$", name))
+    or (m := re.match(rf"{re.escape(stem)}\.safetensors\.index\.(\w+)\.json$", name))
+  }
+  for variant in (None, *sorted(variants)):
     dot = f".{variant}" if variant else ""
     index = folder / f"{stem}.safetensors.index{dot}.json"
     single = folder / f"{stem}{dot}.safetensors"
-    if index.is_file():
-      return _open_index(folder, index)
-    if single.is_file():
-      return _open_safetensors([single], str(single))
+    for path in (index, single):
+      if path.is_file():
+        return path, variant
   raise ConversionError(
     f"{folder} holds no {stem}.safetensors and no {stem}.safetensors.index.json "
     f"(found: {', '.join(names) or 'no such file'})"
@@ -115,6 +133,8 @@ def _open_index(folder: pathlib.Path, index: pathlib.Path) -> Source:
   weight_map = read_json(index).get("weight_map")
   if not isinstance(weight_map, Mapping):
     raise ConversionError(f"{index} has no weight_map")
+  if wrong := [v for v in weight_map.values() if not isinstance(v, str)]:
+    raise ConversionError(f"{index}: {wrong[0]!r} is not a file name")
   files = [folder / name for name in sorted(set(weight_map.values()))]
   if missing := [str(f) for f in files if not f.is_file()]:
     raise ConversionError(f"{index} names files that do not exist: {missing}")
@@ -163,9 +183,11 @@ def _open_pickle(path: pathlib.Path) -> Source:
   import torch  # the convert extra
 
   try:
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-  except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as e:
-    reason = str(e).strip().splitlines()[0]
+    # Files of torch < 1.6 are no zip archives and cannot be mapped.
+    mmap = zipfile.is_zipfile(path)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+  except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError) as e:
+    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise ConversionError(
       f"{path} cannot be read as a file of tensors only: {reason}"
     ) from e
@@ -176,7 +198,7 @@ def _open_pickle(path: pathlib.Path) -> Source:
     else:
       break
   if not isinstance(state, Mapping) or not all(
-    isinstance(v, torch.Tensor) for v in state.values()
+    isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
   ):
     raise ConversionError(f"{path} does not hold a state dict (name -> tensor)")
   if all(key.startswith("module.") for key in state):
@@ -209,6 +231,9 @@ def read_json(path: pathlib.Path) -> dict:
   if not path.is_file():
     raise ConversionError(f"{path} does not exist")
   try:
-    return json.loads(path.read_text())
+    values = json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ConversionError(f"{path} is not valid JSON: {e}") from e
+  if not isinstance(values, dict):
+    raise ConversionError(f"{path} holds a {type(values).__name__}, not an object")
+  return values

@@ -11,7 +11,8 @@ appears only when all of it is written (and verified, with --verify).
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import gc
 import json
@@ -21,6 +22,7 @@ import sys
 import time
 from typing import Any
 
+import command_line
 from flax import nnx
 import numpy as np
 import single_file
@@ -85,11 +87,21 @@ def _under(shapes: Mapping, prefix: str) -> dict[str, tuple[int, ...]]:
 
 def _config(make: Callable[[Any], Any], path: pathlib.Path) -> Any:
   """`make(config.json)`, with the file's name in any complaint."""
+  values = torch_files.read_json(path)
+  with _settings_of(path):
+    return make(values)
+
+
+@contextlib.contextmanager
+def _settings_of(path: pathlib.Path) -> Iterator[None]:
+  """Whatever is wrong with the values read from `path` is reported with its name."""
   try:
-    return make(torch_files.read_json(path))
-  except (ValueError, KeyError, TypeError) as e:
-    if isinstance(e, ConversionError):
-      raise
+    yield
+  except ConversionError:
+    raise
+  except KeyError as e:
+    raise ConversionError(f"{path} lacks {e}") from e
+  except (ValueError, TypeError, AttributeError) as e:
     raise ConversionError(f"{path}: {e}") from e
 
 
@@ -249,40 +261,42 @@ def from_dina(path: pathlib.Path, full: mmdit.MMDiTConfig) -> Component:
   """
   release = torch_files.read_json(path / "config.json")
   checkpoint = path / "checkpoint"
-  try:
+  lora_dir = checkpoint / "backbone_lora"
+  with _settings_of(path / "config.json"):
     model = release["model"]
-    settings = dict(
-      num_layers=model["num_transformer_layers"],
+    backbone = full.truncate(
+      model["num_transformer_layers"],
+      has_output=False,
       image_taps=tuple(model["visual_head_idx"]),
       text_taps=tuple(model["text_head_idx"]),
     )
-    backbone = full.truncate(settings.pop("num_layers"), has_output=False, **settings)
     head = qformer_head.QFormerHeadConfig(
       **qformer_head_keymap.config_kwargs(model, backbone.width)
     )
-  except KeyError as e:
-    raise ConversionError(f"{path / 'config.json'} lacks {e}") from e
-  except ValueError as e:
-    raise ConversionError(f"{path / 'config.json'}: {e}") from e
+    if not model.get("use_t_embed", True):
+      raise ValueError("use_t_embed is false: the head reads the noise level here")
+    # A frozen backbone has no adapters, whatever use_lora says.
+    frozen, adapted = model["freeze_backbone"], model["use_lora"]
+    if not frozen and not adapted:
+      raise ValueError(
+        "use_lora and freeze_backbone are both false; a fully fine-tuned DiNa-LRM "
+        "is not a released format"
+      )
+    logistic = bool(model.get("use_logistic", False))
+    # rm_head.pt holds the head only: the original loses its learned etas on saving,
+    # and starts from these. Our own exports keep them in config.json.
+    eta3, eta4 = (float(eta) for eta in model.get("logistic_eta", (0.0, 0.15)))
+    scoring = dataclasses.replace(
+      reward.ScoringConfig.dina(),
+      add_noise=bool(release.get("training", {}).get("add_noise", True)),
+    )
 
   adapters, targets, exclude = None, (), ()
-  if model.get("use_lora") and not model.get("freeze_backbone"):
-    lora_dir = checkpoint / "backbone_lora"
+  if not frozen:
     adapters, targets, exclude = _adapter_config(
       torch_files.read_json(lora_dir / "adapter_config.json"), lora_dir, backbone
     )
-  elif not model.get("freeze_backbone"):
-    raise ConversionError(
-      f"{path / 'config.json'}: use_lora and freeze_backbone are both false; a fully "
-      "fine-tuned DiNa-LRM (full_model.pt) is not a released format"
-    )
-  scoring = dataclasses.replace(
-    reward.ScoringConfig.dina(),
-    add_noise=bool(release.get("training", {}).get("add_noise", True)),
-  )
-  config = reward.RewardConfig(
-    backbone, head, adapters, logistic=bool(model.get("use_logistic", False))
-  )
+  config = reward.RewardConfig(backbone, head, adapters, logistic=logistic)
   shapes = _shapes(lambda: build.make_reward(config))
   parts = [
     Part(
@@ -307,13 +321,10 @@ def from_dina(path: pathlib.Path, full: mmdit.MMDiTConfig) -> Component:
       )
     )
   constants = {}
-  if config.logistic:
-    # rm_head.pt holds the head only: the original loses its learned etas on saving,
-    # and starts from these. Our own exports keep them in config.json.
-    eta = model.get("logistic_eta", [0.0, 0.15])
+  if logistic:
     constants = {
-      "squash/eta3": np.asarray(eta[0], np.float32),
-      "squash/eta4": np.asarray(eta[1], np.float32),
+      "squash/eta3": np.asarray(eta3, np.float32),
+      "squash/eta4": np.asarray(eta4, np.float32),
     }
   entry = {
     "kind": "dina",
@@ -334,25 +345,42 @@ def _adapter_config(
   for key in ("r", "lora_alpha", "target_modules"):
     if key not in config:
       raise ConversionError(f"{where} lacks {key}")
+  # What changes the adapter's arithmetic or where it goes. (Dropout and initialisation
+  # do neither.)
   unsupported = {
     key: config[key]
     for key in (
       "use_dora",
       "use_rslora",
+      "use_qalora",
+      "use_bdlora",
       "rank_pattern",
       "alpha_pattern",
       "lora_bias",
+      "fan_in_fan_out",
       "modules_to_save",
       "layers_to_transform",
+      "layer_replication",
+      "target_parameters",
+      "trainable_token_indices",
+      "alora_invocation_tokens",
     )
     if config.get(key)
   }
+  for key, only in (("peft_type", "LORA"), ("bias", "none")):
+    if config.get(key, only) != only:
+      unsupported[key] = config[key]
   if unsupported:
     raise ConversionError(f"{where} sets {unsupported}, which is not supported")
+  if not isinstance(config["r"], int) or config["r"] < 1:
+    raise ConversionError(f"{where}: r={config['r']!r} is not a rank")
   targets = config["target_modules"]
   exclude = config.get("exclude_modules") or []
-  if isinstance(targets, str) or isinstance(exclude, str):
-    raise ConversionError(f"{where}: module patterns must be lists of names")
+  if not isinstance(targets, list) or not isinstance(exclude, list):
+    raise ConversionError(
+      f"{where}: target_modules and exclude_modules must be lists of names, "
+      f"not {targets!r} and {exclude!r}"
+    )
   adapted = lora_keymap.modules(backbone, targets, exclude)
   if not adapted:
     raise ConversionError(f"{where}: target_modules {targets} name no attention layer")
@@ -398,20 +426,21 @@ def from_drm(
         f"{path} is not a DRM checkpoint", [f"unexpected key {k}" for k in strange]
       )
     )
-  try:
+  first = "reward_output.down1.0.weight"
+  if first not in source.tensors:
+    raise ConversionError(f"{path}: missing key {first}")
+  (base_channels, *_), _ = source.tensors[first]
+  with _settings_of(sidecar if settings else path):
+    if settings.get("base_channels", base_channels) != base_channels:
+      raise ValueError(
+        f"base_channels={settings['base_channels']}, but {first} has {base_channels}"
+      )
     truncated = full.truncate(full.num_layers - skip_last, has_output=True)
-    first = "reward_output.down1.0.weight"
-    if first not in source.tensors:
-      raise ConversionError(f"{path}: missing key {first}")
     head = conv_head.ConvHeadConfig(
       in_channels=full.out_channels,
-      base_channels=source.tensors[first][0][0],
+      base_channels=base_channels,
       num_groups=settings.get("num_groups", conv_head.ConvHeadConfig.num_groups),
     )
-  except ValueError as e:
-    if isinstance(e, ConversionError):
-      raise
-    raise ConversionError(f"{path}: {e}") from e
   # The release keeps the blocks it does not use; a file without them is as good.
   left_out = f"transformer.transformer_blocks.{truncated.num_layers}."
   has_all = any(k.startswith(left_out) for k in source.tensors)
@@ -574,7 +603,7 @@ def main(argv: list[str] | None = None) -> None:
     "--dtype",
     default="keep",
     choices=["keep", *build.DTYPES],
-    help="of backbones and text encoders; autoencoder, heads, adapters stay as they are",
+    help="of backbones and text encoders; the rest stays as it is",
   )
   parser.add_argument(
     "--only",
@@ -592,22 +621,24 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--force", action="store_true", help="replace --out")
   parser.add_argument("--verify", action="store_true", help="compare with torch")
   args = parser.parse_args(argv)
-  try:
+  with command_line.one_line_errors():
     run(args)
-  except (ConversionError, folder_lib.FolderError, OSError, ValueError) as e:
-    raise SystemExit(f"error: {e}") from e
 
 
 def run(args: argparse.Namespace) -> None:
   """The conversion that the command line describes."""
-  if args.base is not None and args.reward is None:
-    raise ConversionError("--base needs --reward: there is nothing else to convert")
+  if args.base is not None:
+    if args.reward is None:
+      raise ConversionError("--base needs --reward: there is nothing else to convert")
+    if args.only is not None or args.tokenizers is not None:
+      raise ConversionError("--only and --tokenizers belong to --sd35, not to --base")
   components: list[Component] = []
   if args.sd35 is not None:
     if args.sd35.is_dir():
       components = from_folder(args.sd35)
     else:
-      components = from_single_file(args.sd35, args.vae_norm_groups)
+      with _settings_of(args.sd35):  # e.g. widths that no number of heads divides
+        components = from_single_file(args.sd35, args.vae_norm_groups)
     full = build.config_from_dict(components[0].entry["config"])
     names = [c.name for c in components]
     if args.only is not None:
@@ -619,11 +650,18 @@ def run(args: argparse.Namespace) -> None:
       folder_lib.find(args.base, "transformer")[1]["config"]
     )
   if args.reward is not None:
-    components.append(open_reward(args.reward, full, args.drm_skip_last))
+    component = open_reward(args.reward, full, args.drm_skip_last)
+    alone = args.base is None and "transformer" not in [c.name for c in components]
+    if alone and component.entry["stored_backbone"] is None:
+      raise ConversionError(
+        f"--only {args.only} leaves out the transformer, on which {args.reward} builds"
+      )
+    components.append(component)
   check(components)
 
   dtype = None if args.dtype == "keep" else np.dtype(build.dtype(args.dtype))
-  with folder_lib.write_atomically(args.out, force=args.force) as out:
+  sources = (args.sd35, args.base, args.reward, args.tokenizers)
+  with folder_lib.write_atomically(args.out, force=args.force, sources=sources) as out:
     entries: dict[str, Any] = {}
     for component in components:
       entries[component.name] = convert(component, out, dtype)
@@ -642,7 +680,13 @@ def run(args: argparse.Namespace) -> None:
     if args.verify:
       import verification  # imports torch and diffusers
 
-      verification.verify(args.sd35, args.reward, out, list(entries))
+      verification.verify(
+        args.sd35,
+        args.reward,
+        out,
+        list(entries),
+        None if dtype is None else args.dtype,
+      )
   print(f"wrote {args.out}")
 
 

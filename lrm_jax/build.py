@@ -6,6 +6,7 @@ Two sources of names: a model folder's `config.json`, and the ConfigDicts of
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import os
 import pathlib
 from typing import Any
@@ -15,8 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lrm_jax import flow
 from lrm_jax import folder as folder_lib
+from lrm_jax import losses
 from lrm_jax import weights
+from lrm_jax.data import digit_pairs
+from lrm_jax.data import pairs
 from lrm_jax.models import clip, conv_head, lora, mmdit, qformer_head, reward, t5, vae
 
 CONFIG_CLASSES = {
@@ -269,3 +274,189 @@ def tokenizer_folder(folder: str | os.PathLike) -> pathlib.Path:
 def to_device(params: Mapping, sharding: Any = None) -> Any:
   """numpy parameters -> device arrays."""
   return jax.device_put(params, sharding)
+
+
+# --- from the ConfigDicts of configs/ ----------------------------------------------
+
+TRANSFORMER_PRESETS = {
+  "sd35_medium": mmdit.MMDiTConfig.sd35_medium,
+  "sd35_large": mmdit.MMDiTConfig.sd35_large,
+}
+
+
+def full_transformer(model: Mapping[str, Any]) -> mmdit.MMDiTConfig:
+  """The untruncated transformer of `config.model`.
+
+  `model.transformer` names a preset; if it is empty, the base folder says.
+
+  Raises:
+    ValueError: an unknown preset.
+  """
+  name = model["transformer"]
+  if not name:
+    return config_from_dict(
+      folder_lib.find(model["base"], "transformer")[1]["config"]
+    )
+  if name not in TRANSFORMER_PRESETS:
+    raise ValueError(
+      f"model.transformer={name!r}: use one of {sorted(TRANSFORMER_PRESETS)} or ''"
+    )
+  return TRANSFORMER_PRESETS[name]()
+
+
+def reward_config(
+  model: Mapping[str, Any], full: mmdit.MMDiTConfig
+) -> reward.RewardConfig:
+  """`config.model` -> RewardConfig on the transformer `full`.
+
+  Raises:
+    ValueError: an impossible combination, named.
+  """
+  image_taps, text_taps = tuple(model["image_taps"]), tuple(model["text_taps"])
+  backbone = full.truncate(
+    model["num_layers"],
+    has_output=model["has_output"],
+    image_taps=image_taps,
+    text_taps=text_taps,
+  )
+  head = dict(model["head"])
+  if head["type"] == "QFormerHeadConfig":
+    head |= dict(
+      token_dim=backbone.width,
+      num_image_taps=len(image_taps),
+      num_text_taps=len(text_taps),
+    )
+  elif head["type"] == "ConvHeadConfig":
+    if not backbone.has_output:
+      raise ValueError("model.head ConvHeadConfig needs model.has_output=True")
+    head |= dict(in_channels=backbone.out_channels)
+  adapters = model["lora"]
+  if adapters is not None:
+    adapters = lora.LoRAConfig(
+      **adapters, last_context=model["num_layers"] in text_taps
+    )
+  return reward.RewardConfig(
+    backbone, config_from_dict(head), adapters, logistic=model["logistic"]
+  )
+
+
+def reward_factory(
+  model: Mapping[str, Any], config: reward.RewardConfig
+) -> Callable[[nnx.Rngs], reward.RewardModel]:
+  """`rngs -> RewardModel` with the dtypes and flags of `config.model`."""
+  kwargs = dict(
+    dtype=dtype(model["dtype"]),
+    param_dtype=dtype(model["backbone_dtype"]),
+    trained_dtype=dtype(model["trained_dtype"]),
+    scan_blocks=model["scan_blocks"],
+    remat=model["remat"],
+    attention_impl=model["attention_impl"],
+  )
+  return lambda rngs: make_reward(config, rngs=rngs, **kwargs)
+
+
+def base_backbone(
+  model: Mapping[str, Any],
+  full: mmdit.MMDiTConfig,
+  config: reward.RewardConfig,
+  like: Mapping,
+) -> dict[str, Any]:
+  """Pretrained weights for the backbone from the base folder: path -> numpy array.
+
+  Args:
+    like: the whole reward model's abstract parameters; what is loaded is checked
+      against and cast to them. Everything of the backbone but its adapters is loaded.
+
+  Returns: paths start with `backbone/`; empty for `model.init == "random"`.
+
+  Raises:
+    ValueError: an unknown init, or a base folder of another architecture.
+    FolderError: parameters that are missing or misshapen.
+  """
+  if model["init"] == "random":
+    return {}
+  if model["init"] != "base":
+    raise ValueError(f"model.init={model['init']!r}: use 'base' or 'random'")
+  path, entry = folder_lib.find(model["base"], "transformer")
+  found = config_from_dict(entry["config"])
+  if found != full:
+    raise ValueError(
+      f"{path} holds {found}, but model.transformer={model['transformer']!r} is {full}"
+    )
+  params = mmdit.truncate_params(folder_lib.load_params(path), full, config.backbone)
+  if not model["scan_blocks"]:
+    params = mmdit.unstack_params(params)
+  wanted = {
+    p: leaf
+    for p, leaf in weights.flatten(like).items()
+    if p.startswith("backbone/") and "/lora_" not in p
+  }
+  return weights.flatten(
+    fit({"backbone": params}, weights.unflatten(wanted), name=str(path))
+  )
+
+
+def stack_flat(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Unrolled reward parameters (path -> array) in the canonical stacked layout."""
+  params = weights.unflatten(leaves)
+  if "backbone" in params:
+    params["backbone"] = mmdit.stack_params(params["backbone"])
+  return weights.flatten(params)
+
+
+def pair_sources(data: Mapping[str, Any]) -> tuple[pairs.PairSource, pairs.PairSource]:
+  """(training, held-out) pairs of `config.data`.
+
+  Raises:
+    ValueError: an unknown kind.
+  """
+  if data["kind"] == "folders":
+    folders = data["train"], data["held_out"]
+  elif data["kind"] == "digits":
+    keys = ("num_train", "num_held_out", "split_seed", "channels")
+    keys += ("context_dim", "pooled_dim")
+    folders = digit_pairs.write(
+      data["folder"], data["samples"], **{key: data[key] for key in keys}
+    )
+  else:
+    raise ValueError(f"data.kind={data['kind']!r}: use 'folders' or 'digits'")
+  return pairs.PairSource(folders[0]), pairs.PairSource(folders[1])
+
+
+def loss_fn(loss: Mapping[str, Any]) -> Callable[..., jax.Array]:
+  """`(r_chosen, r_rejected, sigma) -> (b,)` of `config.loss`.
+
+  Raises:
+    ValueError: an unknown name, or options that the loss does not take.
+  """
+  options = dict(loss)
+  name = options.pop("name")
+  if name not in losses.LOSSES:
+    raise ValueError(f"loss.name={name!r}: use one of {sorted(losses.LOSSES)}")
+  function = losses.LOSSES[name]
+  if unknown := sorted(set(options) - set(function.__kwdefaults__ or {})):
+    raise ValueError(f"loss.{unknown[0]} is not an option of {name}")
+  return functools.partial(function, **options)
+
+
+SIGMA_LOOKUPS = {"nearest": flow.nearest_sigma, "index": flow.indexed_sigma}
+
+
+def sigma_fn(noise: Mapping[str, Any]) -> Callable[[jax.Array, int], jax.Array]:
+  """`(key, b) -> sigma (b,)` of `config.noise`.
+
+  Raises:
+    ValueError: an unknown lookup (the distribution's name is checked by flow).
+  """
+  if noise["lookup"] not in SIGMA_LOOKUPS:
+    raise ValueError(
+      f"noise.lookup={noise['lookup']!r}: use one of {sorted(SIGMA_LOOKUPS)}"
+    )
+  lookup = SIGMA_LOOKUPS[noise["lookup"]]
+  table = flow.train_sigmas(noise["shift"])
+  options = dict(noise["options"])
+
+  def draw(key, b):
+    return lookup(flow.draw_u(key, (b,), noise["distribution"], **options), table)
+
+  return draw

@@ -6,6 +6,7 @@ Everything here is float32, whatever the model computes in.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 
 NUM_TRAIN_STEPS = 1000
@@ -20,7 +21,7 @@ def shift_sigma(sigma, shift: float):
 def train_sigmas(shift: float, num: int = NUM_TRAIN_STEPS) -> np.ndarray:
   """The shifted training table, (num,) float32 from 1 down to about shift / num."""
   t = np.linspace(1, num, num, dtype=np.float32)[::-1]
-  return shift_sigma(t / np.float32(num), np.float32(shift)).astype(np.float32)
+  return shift_sigma(t / np.float32(num), shift).astype(np.float32)
 
 
 def sampling_sigmas(
@@ -42,23 +43,24 @@ def sampling_sigmas(
   return np.append(sigmas, 0.0).astype(np.float32)
 
 
-def nearest_sigma(u: jax.Array, table: jax.Array) -> jax.Array:
+def nearest_sigma(u: ArrayLike, table: ArrayLike) -> jax.Array:
   """The table's entry nearest to each u; the first of equals. DiNa-LRM's lookup."""
   table = jnp.asarray(table)
   return table[jnp.argmin(jnp.abs(table[None] - jnp.asarray(u)[..., None]), axis=-1)]
 
 
-def indexed_sigma(u: jax.Array, table: jax.Array) -> jax.Array:
+def indexed_sigma(u: ArrayLike, table: ArrayLike) -> jax.Array:
   """The table's entry at index floor(u * len): DRM's lookup (u = 0 is pure noise)."""
   table = jnp.asarray(table)
   index = jnp.floor(jnp.asarray(u) * len(table)).astype(jnp.int32)
   return table[jnp.clip(index, 0, len(table) - 1)]
 
 
-def add_noise(x0: jax.Array, eps: jax.Array, sigma: jax.Array) -> jax.Array:
+def add_noise(x0: ArrayLike, eps: ArrayLike, sigma: ArrayLike) -> jax.Array:
   """`(1 - sigma) x0 + sigma eps` for sigma (b,), in float32."""
-  sigma = jnp.asarray(sigma, jnp.float32).reshape(-1, *(1,) * (x0.ndim - 1))
-  return (1 - sigma) * x0.astype(jnp.float32) + sigma * eps.astype(jnp.float32)
+  x0, eps, sigma = (jnp.asarray(a, jnp.float32) for a in (x0, eps, sigma))
+  sigma = sigma.reshape(-1, *(1,) * (x0.ndim - 1))
+  return (1 - sigma) * x0 + sigma * eps
 
 
 def draw_u(

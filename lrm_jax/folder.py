@@ -11,7 +11,7 @@ A folder may name another one as its `base`: components it does not hold are fou
 there, so that many reward models share one copy of the generator.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import json
 import math
@@ -35,36 +35,65 @@ class FolderError(ValueError):
 
 
 @contextlib.contextmanager
-def write_atomically(out: str | os.PathLike, *, force: bool) -> Iterator[pathlib.Path]:
+def write_atomically(
+  out: str | os.PathLike,
+  *,
+  force: bool,
+  sources: Iterable[str | os.PathLike | None] = (),
+  directory: bool = True,
+) -> Iterator[pathlib.Path]:
   """Yields a temporary sibling of `out` that becomes `out` only if all goes well.
 
   An interrupted or failed run leaves no `out` (and, with `force`, the old one as it
   was).
 
+  Args:
+    force: replace an existing `out`.
+    sources: what the new contents are made from; replacing them is refused.
+    directory: False for a single file, which the caller then creates.
+
   Raises:
     FileExistsError: `out` exists and `force` is not given.
+    FolderError: `out` is one of `sources`, or holds one.
   """
   out = pathlib.Path(os.path.abspath(out))
-  if out.exists() and not force:
-    raise FileExistsError(f"{out} exists: choose another folder or pass --force")
+  for source in (pathlib.Path(s).resolve() for s in sources if s is not None):
+    if out.resolve() in (source, *source.parents):
+      raise FolderError(f"{out} would replace its own source {source}")
+  if os.path.lexists(out) and not force:
+    raise FileExistsError(f"{out} exists: choose another name or pass --force")
   out.parent.mkdir(parents=True, exist_ok=True)
   partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir()
+  _remove(partial)
+  if directory:
+    partial.mkdir()
   try:
     yield partial
-    if out.exists():
-      old = out.with_name(f".{out.name}.old-{os.getpid()}")
-      out.rename(old)
-      partial.rename(out)
-      if old.is_dir():
-        shutil.rmtree(old)
-      else:
-        old.unlink()
-    else:
-      partial.rename(out)
+    _replace(partial, out)
   finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
+
+
+def _replace(new: pathlib.Path, out: pathlib.Path) -> None:
+  """Renames `new` to `out`; a folder cannot be renamed over a full one."""
+  if not os.path.lexists(out):
+    new.rename(out)
+    return
+  old = out.with_name(f".{out.name}.old-{os.getpid()}")
+  out.rename(old)
+  try:
+    new.rename(out)
+  except BaseException:
+    old.rename(out)
+    raise
+  _remove(old)
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def write_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -89,6 +118,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     config = json.loads(path.read_text())
   except json.JSONDecodeError as e:
     raise FolderError(f"{path} is not valid JSON: {e}") from e
+  if not isinstance(config, dict):
+    raise FolderError(f"{path} holds no JSON object, so it is not a model folder's")
   found = (config.get("format"), config.get("version"))
   if found != (FORMAT, VERSION):
     raise FolderError(

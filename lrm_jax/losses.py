@@ -7,12 +7,13 @@ that does not depend on the noise level ignores it. The caller averages.
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
+from jax.typing import ArrayLike
 
 _P_EPS = 1e-6  # inside the root of the fidelity loss, as in DiNa-LRM
 
 
 def bradley_terry(
-  r_chosen: jax.Array, r_rejected: jax.Array, sigma: jax.Array, *, margin: float = 0.0
+  r_chosen: ArrayLike, r_rejected: ArrayLike, sigma: ArrayLike, *, margin: float = 0.0
 ) -> jax.Array:
   """`-log sigmoid(r+ - r- - margin)`."""
   del sigma
@@ -20,9 +21,9 @@ def bradley_terry(
 
 
 def thurstone(
-  r_chosen: jax.Array,
-  r_rejected: jax.Array,
-  sigma: jax.Array,
+  r_chosen: ArrayLike,
+  r_rejected: ArrayLike,
+  sigma: ArrayLike,
   *,
   noise_scale: float = 2.0,
   base_var: float = 0.05,
@@ -37,15 +38,15 @@ def thurstone(
 
 
 def thurstone_constant(
-  r_chosen: jax.Array, r_rejected: jax.Array, sigma: jax.Array, *, var: float = 0.5
+  r_chosen: ArrayLike, r_rejected: ArrayLike, sigma: ArrayLike, *, var: float = 0.5
 ) -> jax.Array:
   """The same with one variance at every noise level."""
   del sigma
   return _fidelity(_gap(r_chosen, r_rejected), jnp.float32(var))
 
 
-def _gap(r_chosen: jax.Array, r_rejected: jax.Array) -> jax.Array:
-  return r_chosen.astype(jnp.float32) - r_rejected.astype(jnp.float32)
+def _gap(r_chosen: ArrayLike, r_rejected: ArrayLike) -> jax.Array:
+  return jnp.asarray(r_chosen, jnp.float32) - jnp.asarray(r_rejected, jnp.float32)
 
 
 def _fidelity(gap: jax.Array, var: jax.Array) -> jax.Array:

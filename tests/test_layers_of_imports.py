@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # import lower levels, and lower steps of its own level.
 LEVELS: tuple[tuple[str, tuple[int, int]], ...] = (
   (r"lrm_jax(\.(models|keymaps|data|align))?", (0, 0)),  # docstrings, the version
-  (r"lrm_jax\.(flow|losses|metrics|sharding)", (0, 0)),
+  (r"lrm_jax\.(flops|flow|losses|metrics|sharding)", (0, 0)),
   (r"lrm_jax\.keymaps\.engine", (0, 0)),
   (r"lrm_jax\.keymaps\.\w+", (0, 1)),
   (r"lrm_jax\.data\.buckets", (0, 0)),
@@ -30,6 +30,7 @@ LEVELS: tuple[tuple[str, tuple[int, int]], ...] = (
     (2, 0),
   ),
   (r"lrm_jax\.build", (3, 0)),
+  (r"lrm_jax\.scorer", (3, 1)),
   (r"lrm_jax\.score", (4, 0)),
   (r"(train|convert|configs|benchmarks)\.\w+", (4, 0)),
   (r"tests\.\w+", (5, 0)),

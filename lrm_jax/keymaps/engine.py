@@ -289,10 +289,16 @@ def fill(
   }
   for key, slot in slots.items():
     array = read(key)
+    view = slot.view(leaves[slot.path])
     try:
-      slot.view(leaves[slot.path])[...] = slot.transform.to_flax(array)
+      with np.errstate(over="ignore"):  # reported below, with the key
+        view[...] = slot.transform.to_flax(array)
     except ConversionError as e:
       raise ConversionError(f"{name}: {key}: {e}") from e
+    if view.dtype == np.float16 != array.dtype and not np.all(np.isfinite(view)):
+      raise ConversionError(
+        f"{name}: {key} holds values beyond float16's range: choose bfloat16"
+      )
     on_tensor(key, array)
   return leaves
 
@@ -343,10 +349,7 @@ def export(
   Raises:
     ConversionError: a parameter that no row of the table writes.
   """
-  keys = torch_keys(keymap, {path: np.shape(leaf) for path, leaf in leaves.items()})
-  written = {slot.path for slot in keys.values()}
-  if left := sorted(set(leaves) - written):
-    raise ConversionError(f"{name}: no torch key for {', '.join(left)}")
+  keys = _written_keys(keymap, leaves, name)
   for key, slot in keys.items():
     view = slot.view(np.asarray(leaves[slot.path]))
     if keymap.leaves_out(key):
@@ -354,3 +357,29 @@ def export(
         raise ConversionError(f"{name}: {key} is not 0, but not in this layout")
       continue
     yield key, np.ascontiguousarray(slot.transform.to_torch(view))
+
+
+def layout(
+  keymap: Keymap, leaves: Mapping[str, np.ndarray], *, name: str = "parameters"
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  """key -> (shape, dtype) of what `export` yields, without making it.
+
+  Raises:
+    ConversionError: a parameter that no row of the table writes.
+  """
+  return {
+    key: (
+      tuple(slot.transform.torch_shape(slot.shape(leaves[slot.path].shape))),
+      leaves[slot.path].dtype,
+    )
+    for key, slot in _written_keys(keymap, leaves, name).items()
+    if not keymap.leaves_out(key)
+  }
+
+
+def _written_keys(keymap: Keymap, leaves: Mapping, name: str) -> dict[str, Slot]:
+  keys = torch_keys(keymap, {path: np.shape(leaf) for path, leaf in leaves.items()})
+  written = {slot.path for slot in keys.values()}
+  if left := sorted(set(leaves) - written):
+    raise ConversionError(f"{name}: no torch key for {', '.join(left)}")
+  return keys

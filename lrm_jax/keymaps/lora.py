@@ -52,6 +52,29 @@ def targets_of(torch_modules: Iterable[str]) -> tuple[str, ...]:
   return tuple(sorted(paths))
 
 
+def peft_names(config: Any, adapters: Any) -> tuple[list[str], list[str]]:
+  """PEFT's (target_modules, exclude_modules) for a `LoRAConfig` of ours.
+
+  The inverse of `targets_of` for adapters that PEFT can name: the modules that some
+  target pattern hits, less the last block's text side where that has none.
+  """
+  hit = {
+    module
+    for module, (path, _) in MODULES.items()
+    if any(re.search(rf"(^|/)(?:{t})$", f"blocks/{path}") for t in adapters.targets)
+  }
+  suffixes = {m.split(".", 1)[1] for m in hit}
+  everything = modules(config, suffixes, ())
+  last = f"transformer_blocks.{config.num_layers - 1}."
+  exclude = [
+    name
+    for name in everything
+    if name.split(".", 2)[2] not in hit
+    or (not adapters.last_context and name.startswith(last) and "add_" in name)
+  ]
+  return sorted(suffixes), sorted(exclude)
+
+
 def peft(
   config: Any,
   targets: Iterable[str],

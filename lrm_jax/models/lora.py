@@ -32,7 +32,7 @@ class LoRAConfig:
   """
 
   rank: int
-  alpha: float
+  alpha: int | float
   targets: tuple[str, ...] = ALL_ATTENTION
   last_context: bool = True
 

@@ -74,6 +74,11 @@ class MMDiTConfig:
         raise ValueError(
           f"MMDiTConfig.{name}={taps} must lie within 0..num_layers={self.num_layers}"
         )
+    if not all(0 <= i < self.num_layers for i in self.dual_layers):
+      raise ValueError(
+        f"MMDiTConfig.dual_layers={self.dual_layers} must lie within "
+        f"0..num_layers-1={self.num_layers - 1}"
+      )
     if self.width % 4:
       raise ValueError(f"width {self.width} must be a multiple of 4 (sincos table)")
 
@@ -264,7 +269,8 @@ class JointAttention(nnx.Module):
     text = self._split(self.context_qkv(c), self.context_q_norm, self.context_k_norm)
     # Text first: order is free (no positions, no mask), and a padded suffix then
     # serves every image size.
-    y = self._attend(*(jnp.concatenate(tx, axis=1) for tx in zip(text, image)))
+    qkv = (jnp.concatenate(tx, axis=1) for tx in zip(text, image, strict=True))
+    y = self._attend(*qkv)
     num_text = c.shape[1]
     c_out = None if self.context_pre_only else self.context_out(y[:, :num_text])
     return self.out(y[:, num_text:]), c_out
@@ -481,8 +487,9 @@ class MMDiT(nnx.Module):
         if len(sizes) > 1 and len(set(sizes)) == 1:
           # Evenly spaced taps: one scan over runs, each a scan over its layers, so
           # that the outer ys are exactly the taps and no weight is sliced out.
+          num = len(sizes)
           runs = jax.tree.map(
-            lambda a, k=len(sizes): a.reshape(k, a.shape[0] // k, *a.shape[1:]), params
+            lambda a, k=num: a.reshape(k, a.shape[0] // k, *a.shape[1:]), params
           )
 
           def run(carry, run_params, body=body):
@@ -493,7 +500,7 @@ class MMDiT(nnx.Module):
           for i, end in enumerate(ends):
             image[start + end], text[start + end] = xs[i], cs[i]
         else:
-          for first, end in zip([0, *ends], ends):
+          for first, end in zip([0, *ends[:-1]], ends, strict=True):
             part = jax.tree.map(lambda a, f=first, e=end: a[f:e], params)
             (x, c), _ = jax.lax.scan(body, (x, c), part)
             image[start + end], text[start + end] = x, c
@@ -536,7 +543,9 @@ def truncate_params(params: dict, full: MMDiTConfig, config: MMDiTConfig) -> dic
   """Stacked parameters of `full` -> those of its truncation `config` (views)."""
   params = dict(params)
   blocks = {}
-  for i, (length, kept) in enumerate(zip(full.segments, config.segments)):
+  for i, (length, kept) in enumerate(
+    zip(full.segments, config.segments, strict=False)  # the rest is cut off
+  ):
     stack = params["blocks"][i]
     blocks[i] = (
       stack if kept == length else jax.tree.map(lambda a, n=kept: a[:n], stack)

@@ -1,0 +1,98 @@
+"""A reward model on noisy digits: pairs from real digits, Thurstone loss, on a CPU.
+
+  python train/generator.py --config configs/quickstart_generator.py   # first, once
+  python train/reward.py --config configs/quickstart.py
+
+The baseline from random initialisation is the same file with one word changed:
+
+  python train/reward.py --config configs/quickstart.py:random
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(init: str = "base") -> ConfigDict:
+  """`init`: "base" starts from the pretrained generator, "random" from nothing."""
+  c = ConfigDict()
+  c.seed = 0
+  c.workdir = {
+    "base": "runs/quickstart/reward",
+    "random": "runs/quickstart/reward_random",
+  }[init]
+
+  c.data = ConfigDict()
+  c.data.kind = "digits"
+  c.data.folder = "runs/quickstart/pairs"  # written once, then reused
+  c.data.samples = "runs/quickstart/generator/samples.npz"
+  c.data.split_seed = 0
+  c.data.channels = 4
+  c.data.context_dim = 32
+  c.data.pooled_dim = 32
+  c.data.num_train = 12_000  # pairs, four kinds in equal parts
+  c.data.num_held_out = 2_000
+  c.data.prompt_dropout = 0.0
+
+  c.model = ConfigDict()
+  c.model.base = "runs/quickstart/generator/model"
+  c.model.init = init
+  c.model.transformer = ""  # any; read from the base folder
+  c.model.num_layers = 4  # of the generator's 6 blocks
+  c.model.has_output = False
+  c.model.image_taps = (2, 4)
+  c.model.text_taps = (2, 4)
+  c.model.head = ConfigDict(
+    dict(type="QFormerHeadConfig", width=64, num_queries=4, num_heads=4, dropout=0.0)
+  )
+  c.model.lora = None
+  c.model.logistic = False
+  c.model.dtype = "float32"
+  c.model.backbone_dtype = "float32"
+  c.model.trained_dtype = "float32"
+  c.model.scan_blocks = True
+  c.model.remat = False
+  c.model.attention_impl = "auto"
+  c.scoring = ConfigDict(
+    dict(
+      type="ScoringConfig",
+      u_generated=0.1,
+      u_image=0.1,
+      table=False,
+      add_noise=True,
+      offset=0.0,
+      scale=1.0,
+    )
+  )
+
+  c.trainable = (("^backbone/pos_embed$", "freeze"), (".*", "train"))
+
+  c.noise = ConfigDict()
+  c.noise.shift = 1.0
+  c.noise.lookup = "nearest"
+  c.noise.distribution = "uniform"
+  c.noise.options = ConfigDict()
+  c.noise.shared = False  # each of a pair's latents draws its own noise
+
+  c.loss = ConfigDict(dict(name="thurstone", noise_scale=2.0, base_var=0.05))
+
+  c.train = ConfigDict()
+  c.train.batch_size = 64  # pairs
+  c.train.num_steps = 300
+  c.train.learning_rate = 1e-3
+  c.train.warmup_steps = 20
+  c.train.schedule = "constant"
+  c.train.weight_decay = 0.01
+  c.train.clip_norm = 1.0
+  c.train.ema_decay = None
+  c.train.log_every = 10  # steps
+  c.train.checkpoint_every = 100  # steps
+  c.train.keep_checkpoints = 2
+
+  c.eval = ConfigDict()
+  c.eval.sigmas = (0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 0.9)
+  c.eval.batch_size = 200
+  c.eval.every = 100  # steps
+
+  c.mesh = ConfigDict()
+  c.mesh.fsdp = 1
+  c.sharding = ((".*", "replicate"),)
+  return c

@@ -1,0 +1,88 @@
+"""DiNa-LRM on SD3.5-Medium: the recipe of arXiv 2602.11146.
+
+  python convert/torch_to_flax.py --sd35 stable-diffusion-3.5-medium --out models/sd35m
+  python train/reward.py --config configs/sd35m.py
+
+First 12 blocks with LoRA r 64, Q-Former head, Thurstone loss, shared noise.
+`data.train` and `data.held_out` are pair folders (lrm_jax/data/pairs.py) of latents
+and prompt embeddings computed beforehand.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.seed = 42
+  c.workdir = "runs/sd35m"
+
+  c.data = ConfigDict()
+  c.data.kind = "folders"
+  c.data.train = "data/hpdv3_train"
+  c.data.held_out = "data/hpdv3_test"
+  c.data.prompt_dropout = 0.0
+
+  c.model = ConfigDict()
+  c.model.base = "models/sd35m"
+  c.model.init = "base"
+  c.model.transformer = "sd35_medium"  # checked against the base folder
+  c.model.num_layers = 12
+  c.model.has_output = False
+  c.model.image_taps = (4, 8, 12)
+  c.model.text_taps = (4, 8, 12)
+  c.model.head = ConfigDict(
+    dict(type="QFormerHeadConfig", width=1536, num_queries=4, num_heads=8, dropout=0.0)
+  )
+  c.model.lora = ConfigDict(dict(rank=64, alpha=128.0))
+  c.model.logistic = False
+  c.model.dtype = "bfloat16"  # compute
+  c.model.backbone_dtype = "bfloat16"  # frozen weights
+  c.model.trained_dtype = "float32"  # adapters, head: bf16 would not move at 5e-5
+  c.model.scan_blocks = True  # False on GPUs: faster, longer to compile
+  c.model.remat = False  # fits an H200 without
+  c.model.attention_impl = "auto"
+  c.scoring = ConfigDict(
+    dict(
+      type="ScoringConfig",
+      u_generated=0.4,
+      u_image=0.1,
+      table=True,
+      add_noise=True,
+      offset=10.0,
+      scale=10.0,
+    )
+  )
+
+  c.trainable = (("lora_[ab]$", "train"), ("^head/", "train"), (".*", "freeze"))
+
+  c.noise = ConfigDict()
+  c.noise.shift = 3.0
+  c.noise.lookup = "nearest"  # table entry nearest to u
+  c.noise.distribution = "uniform"
+  c.noise.options = ConfigDict()
+  c.noise.shared = True
+
+  c.loss = ConfigDict(dict(name="thurstone", noise_scale=2.0, base_var=0.05))
+
+  c.train = ConfigDict()
+  c.train.batch_size = 32  # pairs: 4 per device on 8 devices
+  c.train.num_steps = 40_000  # about one epoch of HPDv3
+  c.train.learning_rate = 5e-5
+  c.train.warmup_steps = 0
+  c.train.schedule = "constant"
+  c.train.weight_decay = 0.01
+  c.train.clip_norm = 1.0
+  c.train.ema_decay = None  # 0.995 in the paper's text; off in the released code
+  c.train.log_every = 10  # steps
+  c.train.checkpoint_every = 1000  # steps
+  c.train.keep_checkpoints = 3
+
+  c.eval = ConfigDict()
+  c.eval.sigmas = (0.3, 0.4, 0.5)
+  c.eval.batch_size = 32
+  c.eval.every = 1000  # steps
+
+  c.mesh = ConfigDict()
+  c.mesh.fsdp = 1  # LoRA runs are pure data parallel
+  c.sharding = ((".*", "replicate"),)
+  return c

@@ -1,0 +1,132 @@
+"""Image sizes that reward models are trained and asked at, and how to get there.
+
+Sizes are (height, width) in pixels; Pillow's own order is the other one.
+"""
+
+import math
+
+from PIL import Image
+
+# DiNa-LRM's aspect-ratio buckets (arXiv 2602.11146).
+BUCKETS = (
+  (256, 256),
+  (512, 512),
+  (1024, 1024),
+  (1248, 832),
+  (1344, 896),
+  (832, 1248),
+  (896, 1344),
+  (1024, 768),
+  (768, 1024),
+  (1472, 832),
+  (832, 1472),
+  (1152, 832),
+  (832, 1152),
+)
+MAX_LOG_ASPECT_GAP = 0.03
+MAX_AREA = max(height * width for height, width in BUCKETS)
+# Eight pixels per latent cell, two cells per patch of SD3.5's transformer.
+MULTIPLE = 16
+
+
+def nearest_bucket(height: int, width: int) -> tuple[int, int] | None:
+  """The bucket for an image: of nearest area among those of about its aspect ratio.
+
+  "About" is within 3 % on the log scale; of equally near ones the first counts.
+  Returns None where no bucket has such an aspect ratio (see `target_size`).
+
+  Raises:
+    ValueError: a side below 1.
+  """
+  if height < 1 or width < 1:
+    raise ValueError(f"image size {height}x{width} must be at least 1x1")
+  log_aspect = math.log(height / width)
+  fitting = [
+    (h, w)
+    for h, w in BUCKETS
+    if abs(math.log(h / w) - log_aspect) <= MAX_LOG_ASPECT_GAP
+  ]
+  if not fitting:
+    return None
+  return min(fitting, key=lambda size: abs(size[0] * size[1] - height * width))
+
+
+def target_size(
+  height: int, width: int, *, multiple: int = MULTIPLE, resize: bool = True
+) -> tuple[int, int]:
+  """The size at which an image is scored.
+
+  With `resize`, its bucket; where it fits none, its own size, scaled down (never up)
+  to the largest bucket's area, and rounded down to multiples of `multiple`. Without
+  `resize`, its own size rounded down.
+
+  Raises:
+    ValueError: a side shorter than `multiple`.
+  """
+  scale = 1.0
+  if resize:
+    bucket = nearest_bucket(height, width)
+    if bucket is not None:
+      return bucket
+    scale = min(1.0, math.sqrt(MAX_AREA / (height * width)))
+  # The tiny addition keeps rounding from losing a whole multiple.
+  down = lambda side: int(side * scale + 1e-6) // multiple * multiple  # noqa: E731
+  size = down(height), down(width)
+  if 0 in size:
+    raise ValueError(
+      f"an image of {height}x{width} pixels (height x width) is too small or too "
+      f"narrow: a side would be shorter than {multiple}"
+    )
+  return size
+
+
+def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+  """Scales an image to cover `size` and cuts what stands over, equally on both sides.
+
+  Lanczos with Pillow's antialiasing; an image that already has the size is returned
+  as it is.
+  """
+  height, width = size
+  if image.size == (width, height):
+    return image
+  scale = max(width / image.width, height / image.height)
+  w, h = width / scale, height / scale
+  left, top = (image.width - w) / 2, (image.height - h) / 2
+  box = (
+    max(0.0, left),
+    max(0.0, top),
+    min(float(image.width), left + w),
+    min(float(image.height), top + h),
+  )
+  return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+  """Cuts `size` out of the middle, without resampling.
+
+  Raises:
+    ValueError: the image is smaller.
+  """
+  height, width = size
+  if height > image.height or width > image.width:
+    raise ValueError(
+      f"cannot crop {height}x{width} out of {image.height}x{image.width} pixels"
+    )
+  left, top = (image.width - width) // 2, (image.height - height) // 2
+  return image.crop((left, top, left + width, top + height))
+
+
+def prepare(
+  image: Image.Image, *, multiple: int = MULTIPLE, resize: bool = True
+) -> Image.Image:
+  """An image at its `target_size`: resampled for a bucket, else only cropped.
+
+  Raises:
+    ValueError: a side shorter than `multiple`.
+  """
+  own = (image.height, image.width)
+  size = target_size(*own, multiple=multiple, resize=resize)
+  only_crop = not resize or (
+    nearest_bucket(*own) is None and own[0] * own[1] <= MAX_AREA
+  )
+  return center_crop(image, size) if only_crop else resize_and_crop(image, size)

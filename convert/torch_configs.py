@@ -51,6 +51,7 @@ def clip_config(config: clip.CLIPTextConfig) -> dict[str, Any]:
     "max_position_embeddings": config.max_length,
     "hidden_act": config.act,
     "layer_norm_eps": config.norm_eps,
+    "bos_token_id": config.vocab_size - 2,  # unused; the default is out of range
     "eos_token_id": config.eos_token_id,
   }
 

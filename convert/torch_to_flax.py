@@ -11,7 +11,7 @@ appears only when all of it is written (and verified, with --verify).
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import gc
@@ -108,11 +108,55 @@ def _settings_of(path: pathlib.Path) -> Iterator[None]:
 # --- SD3.5: a diffusers folder -----------------------------------------------------
 
 
-def from_folder(path: pathlib.Path) -> list[Component]:
-  """The components of a diffusers StableDiffusion3Pipeline folder.
+# name here -> (subfolder, file stem, config reader, keymap, model)
+FOLDER_COMPONENTS = {
+  "transformer": (
+    "transformer",
+    "diffusion_pytorch_model",
+    mmdit.MMDiTConfig.from_diffusers,
+    mmdit_keymap.diffusers,
+    mmdit.MMDiT,
+  ),
+  "vae": (
+    "vae",
+    "diffusion_pytorch_model",
+    vae.VAEConfig.from_diffusers,
+    vae_keymap.diffusers,
+    vae.VAE,
+  ),
+  "clip_l": (
+    "text_encoder",
+    "model",
+    clip.CLIPTextConfig.from_transformers,
+    clip_keymap.transformers,
+    clip.CLIPText,
+  ),
+  "clip_g": (
+    "text_encoder_2",
+    "model",
+    clip.CLIPTextConfig.from_transformers,
+    clip_keymap.transformers,
+    clip.CLIPText,
+  ),
+  "t5": (
+    "text_encoder_3",
+    "model",
+    t5.T5Config.from_transformers,
+    t5_keymap.transformers,
+    t5.T5Encoder,
+  ),
+}
+
+
+def from_folder(
+  path: pathlib.Path, only: Collection[str] | None = None
+) -> list[Component]:
+  """The components of a diffusers StableDiffusion3Pipeline folder (or those named).
+
+  A pipeline saved without T5 (text_encoder_3 null in model_index.json) has none.
 
   Raises:
-    ConversionError: not such a folder.
+    ConversionError: not such a folder, or a name that it does not hold.
   """
   index = torch_files.read_json(path / "model_index.json")
   pipeline = index.get("_class_name")
@@ -121,53 +165,34 @@ def from_folder(path: pathlib.Path) -> list[Component]:
       f"{path / 'model_index.json'} describes a {pipeline}, not a "
       "StableDiffusion3Pipeline"
     )
-  config = _config(
-    mmdit.MMDiTConfig.from_diffusers, path / "transformer" / "config.json"
-  )
-  components = [
-    _component(
-      "transformer",
-      config,
-      torch_files.open_component(path / "transformer", "diffusion_pytorch_model"),
-      mmdit_keymap.diffusers(config),
-      _mmdit_shapes(config),
-    )
-  ]
-  config = _config(vae.VAEConfig.from_diffusers, path / "vae" / "config.json")
-  components.append(
-    _component(
-      "vae",
-      config,
-      torch_files.open_component(path / "vae", "diffusion_pytorch_model"),
-      vae_keymap.diffusers(config),
-      _shapes(lambda c=config: vae.VAE(c, rngs=nnx.Rngs(0))),
-      keep_dtype=True,
-    )
-  )
-  for name, sub in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
-    config = _config(clip.CLIPTextConfig.from_transformers, path / sub / "config.json")
+  names = list(FOLDER_COMPONENTS)
+  if (index.get("text_encoder_3", [""]) or [None])[-1] is None:
+    names.remove("t5")
+  components = []
+  for name in _chosen(names, only, path):
+    sub, stem, read_config, keymap, model = FOLDER_COMPONENTS[name]
+    config = _config(read_config, path / sub / "config.json")
     components.append(
       _component(
         name,
         config,
-        torch_files.open_component(path / sub, "model"),
-        clip_keymap.transformers(config),
-        _shapes(lambda c=config: clip.CLIPText(c, rngs=nnx.Rngs(0))),
-      )
-    )
-  if (index.get("text_encoder_3") or [None, None])[1] is not None:
-    sub = path / "text_encoder_3"
-    config = _config(t5.T5Config.from_transformers, sub / "config.json")
-    components.append(
-      _component(
-        "t5",
-        config,
-        torch_files.open_component(sub, "model"),
-        t5_keymap.transformers(config),
-        _shapes(lambda c=config: t5.T5Encoder(c, rngs=nnx.Rngs(0))),
+        torch_files.open_component(path / sub, stem),
+        keymap(config),
+        _shapes(lambda m=model, c=config: m(c, rngs=nnx.Rngs(0))),
+        keep_dtype=name == "vae",
       )
     )
   return components
+
+
+def _chosen(
+  names: Sequence[str], only: Collection[str] | None, path: pathlib.Path
+) -> list[str]:
+  if only is None:
+    return list(names)
+  if unknown := sorted(set(only) - set(names)):
+    raise ConversionError(f"--only {unknown}: {path} holds {list(names)}")
+  return [name for name in names if name in only]
 
 
 def _component(name, config, source, keymap, shapes, keep_dtype=False) -> Component:
@@ -635,28 +660,25 @@ def run(args: argparse.Namespace) -> None:
   components: list[Component] = []
   if args.sd35 is not None:
     if args.sd35.is_dir():
-      components = from_folder(args.sd35)
+      components = from_folder(args.sd35, args.only)
     else:
       with _settings_of(args.sd35):  # e.g. widths that no number of heads divides
         components = from_single_file(args.sd35, args.vae_norm_groups)
-    full = build.config_from_dict(components[0].entry["config"])
-    names = [c.name for c in components]
-    if args.only is not None:
-      if unknown := sorted(set(args.only) - set(names)):
-        raise ConversionError(f"--only {unknown}: {args.sd35} holds {names}")
-      components = [c for c in components if c.name in args.only]
+      names = _chosen([c.name for c in components], args.only, args.sd35)
+      components = [c for c in components if c.name in names]
+    full = None
+    if "transformer" in (c.name for c in components):
+      full = build.config_from_dict(components[0].entry["config"])
   else:
     full = build.config_from_dict(
       folder_lib.find(args.base, "transformer")[1]["config"]
     )
   if args.reward is not None:
-    component = open_reward(args.reward, full, args.drm_skip_last)
-    alone = args.base is None and "transformer" not in [c.name for c in components]
-    if alone and component.entry["stored_backbone"] is None:
+    if full is None:
       raise ConversionError(
         f"--only {args.only} leaves out the transformer, on which {args.reward} builds"
       )
-    components.append(component)
+    components.append(open_reward(args.reward, full, args.drm_skip_last))
   check(components)
 
   dtype = None if args.dtype == "keep" else np.dtype(build.dtype(args.dtype))

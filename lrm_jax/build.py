@@ -7,6 +7,7 @@ Two sources of names: a model folder's `config.json`, and the ConfigDicts of
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import inspect
 import os
 import pathlib
 from typing import Any
@@ -14,14 +15,12 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 
-from lrm_jax import flow
+from lrm_jax import flow, losses, weights
 from lrm_jax import folder as folder_lib
-from lrm_jax import losses
-from lrm_jax import weights
-from lrm_jax.data import digit_pairs
-from lrm_jax.data import pairs
+from lrm_jax.data import digit_pairs, pairs
 from lrm_jax.models import clip, conv_head, lora, mmdit, qformer_head, reward, t5, vae
 
 CONFIG_CLASSES = {
@@ -271,6 +270,37 @@ def tokenizer_folder(folder: str | os.PathLike) -> pathlib.Path:
   return path.parent
 
 
+def save_lora(
+  out: pathlib.Path, params: Mapping, config: lora.LoRAConfig
+) -> dict[str, Any]:
+  """Writes a generator's adapters as the component `lora` of a model folder.
+
+  Format: `lora/` is a checkpoint of the leaves `blocks/<segment>/<layer>/lora_a` and
+  `lora_b` of the full transformer in canonical (stacked) layout, and nothing else;
+  its entry in `config.json` is what is returned here. The transformer itself is found
+  in the same folder or its base.
+
+  Args:
+    out: the folder, usually inside `folder.write_atomically`.
+    params: the generator's parameters, nested or flat; only adapters are written.
+    config: where the adapters are, and their scale.
+
+  Returns: the entry for `config.json`'s `components["lora"]`.
+
+  Raises:
+    ValueError: `params` hold no adapters.
+  """
+  leaves = {
+    path: np.asarray(leaf)
+    for path, leaf in weights.flatten(params).items()
+    if path.rsplit("/", 1)[-1] in ("lora_a", "lora_b")
+  }
+  if not leaves:
+    raise ValueError("save_lora: these parameters hold no lora_a and lora_b")
+  folder_lib.save_params(out / "lora", leaves)
+  return {"config": config_to_dict(config)}
+
+
 def to_device(params: Mapping, sharding: Any = None) -> Any:
   """numpy parameters -> device arrays."""
   return jax.device_put(params, sharding)
@@ -284,7 +314,7 @@ TRANSFORMER_PRESETS = {
 }
 
 
-def full_transformer(model: Mapping[str, Any]) -> mmdit.MMDiTConfig:
+def full_transformer(model: ConfigDict) -> mmdit.MMDiTConfig:
   """The untruncated transformer of `config.model`.
 
   `model.transformer` names a preset; if it is empty, the base folder says.
@@ -294,9 +324,7 @@ def full_transformer(model: Mapping[str, Any]) -> mmdit.MMDiTConfig:
   """
   name = model["transformer"]
   if not name:
-    return config_from_dict(
-      folder_lib.find(model["base"], "transformer")[1]["config"]
-    )
+    return config_from_dict(folder_lib.find(model["base"], "transformer")[1]["config"])
   if name not in TRANSFORMER_PRESETS:
     raise ValueError(
       f"model.transformer={name!r}: use one of {sorted(TRANSFORMER_PRESETS)} or ''"
@@ -304,9 +332,7 @@ def full_transformer(model: Mapping[str, Any]) -> mmdit.MMDiTConfig:
   return TRANSFORMER_PRESETS[name]()
 
 
-def reward_config(
-  model: Mapping[str, Any], full: mmdit.MMDiTConfig
-) -> reward.RewardConfig:
+def reward_config(model: ConfigDict, full: mmdit.MMDiTConfig) -> reward.RewardConfig:
   """`config.model` -> RewardConfig on the transformer `full`.
 
   Raises:
@@ -341,7 +367,7 @@ def reward_config(
 
 
 def reward_factory(
-  model: Mapping[str, Any], config: reward.RewardConfig
+  model: ConfigDict, config: reward.RewardConfig
 ) -> Callable[[nnx.Rngs], reward.RewardModel]:
   """`rngs -> RewardModel` with the dtypes and flags of `config.model`."""
   kwargs = dict(
@@ -356,7 +382,7 @@ def reward_factory(
 
 
 def base_backbone(
-  model: Mapping[str, Any],
+  model: ConfigDict,
   full: mmdit.MMDiTConfig,
   config: reward.RewardConfig,
   like: Mapping,
@@ -404,7 +430,7 @@ def stack_flat(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return weights.flatten(params)
 
 
-def pair_sources(data: Mapping[str, Any]) -> tuple[pairs.PairSource, pairs.PairSource]:
+def pair_sources(data: ConfigDict) -> tuple[pairs.PairSource, pairs.PairSource]:
   """(training, held-out) pairs of `config.data`.
 
   Raises:
@@ -423,7 +449,7 @@ def pair_sources(data: Mapping[str, Any]) -> tuple[pairs.PairSource, pairs.PairS
   return pairs.PairSource(folders[0]), pairs.PairSource(folders[1])
 
 
-def loss_fn(loss: Mapping[str, Any]) -> Callable[..., jax.Array]:
+def loss_fn(loss: ConfigDict) -> Callable[..., jax.Array]:
   """`(r_chosen, r_rejected, sigma) -> (b,)` of `config.loss`.
 
   Raises:
@@ -434,7 +460,8 @@ def loss_fn(loss: Mapping[str, Any]) -> Callable[..., jax.Array]:
   if name not in losses.LOSSES:
     raise ValueError(f"loss.name={name!r}: use one of {sorted(losses.LOSSES)}")
   function = losses.LOSSES[name]
-  if unknown := sorted(set(options) - set(function.__kwdefaults__ or {})):
+  known = inspect.signature(function).parameters
+  if unknown := sorted(set(options) - set(known)):
     raise ValueError(f"loss.{unknown[0]} is not an option of {name}")
   return functools.partial(function, **options)
 
@@ -442,7 +469,7 @@ def loss_fn(loss: Mapping[str, Any]) -> Callable[..., jax.Array]:
 SIGMA_LOOKUPS = {"nearest": flow.nearest_sigma, "index": flow.indexed_sigma}
 
 
-def sigma_fn(noise: Mapping[str, Any]) -> Callable[[jax.Array, int], jax.Array]:
+def sigma_fn(noise: ConfigDict) -> Callable[[jax.Array, int], jax.Array]:
   """`(key, b) -> sigma (b,)` of `config.noise`.
 
   Raises:

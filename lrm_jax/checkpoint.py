@@ -50,7 +50,13 @@ class Checkpoints:
     )
     return restored.state, restored.data
 
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
   def close(self) -> None:
-    """Waits for pending saves."""
+    """Waits for pending saves: also where the run has failed, what it had saved is."""
     self._manager.wait_until_finished()
     self._manager.close()

@@ -82,4 +82,6 @@ def make_tx(
 
 def ema_update(ema: Any, params: Any, decay: float) -> Any:
   """`decay * ema + (1 - decay) * params`, in the average's dtype."""
-  return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p.astype(e.dtype), ema, params)
+  return jax.tree.map(
+    lambda e, p: decay * e + (1 - decay) * p.astype(e.dtype), ema, params
+  )

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 VelocityFn = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
@@ -32,7 +33,7 @@ def guide(velocity_fn: VelocityFn, guidance_scale: float | jax.Array) -> Velocit
 
 
 def euler(
-  velocity_fn: VelocityFn, inputs: Any, x: jax.Array, sigmas: jax.Array
+  velocity_fn: VelocityFn, inputs: Any, x: jax.Array, sigmas: ArrayLike
 ) -> jax.Array:
   """The probability-flow ODE by Euler steps, in float32.
 

@@ -111,7 +111,7 @@ def _take(tree: Any, rows: np.ndarray) -> Any:
   return jax.tree.map(take, tree)
 
 
-# --- the interface ----------------------------------------------------------------
+# --- the interface -----------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +271,7 @@ class Scorer:
 
   def encode_images(
     self,
-    images: Sequence[Image.Image] | np.ndarray | jax.Array,
+    images: Sequence[images_lib.ImageLike] | np.ndarray | jax.Array,
     *,
     key: jax.Array | None = None,
     batch_size: int = BATCH_SIZE,
@@ -279,8 +279,9 @@ class Scorer:
     """Scaled latents of images of one size.
 
     Args:
-      images: PIL images, or (b height width 3) floats in [-1, 1]; sides multiples of
-        the autoencoder's downsampling (8). `score_images` takes any sizes.
+      images: PIL images or paths, or (b height width 3) floats in [-1, 1]; sides
+        multiples of the autoencoder's downsampling (8). `score_images` takes any
+        sizes.
       key: a draw from the autoencoder's posterior, of its own for each image; None
         takes the mean.
       batch_size: at most so many images at a time, large images fewer.
@@ -679,12 +680,12 @@ class Scorer:
     self, images: Sequence[images_lib.ImageLike], resize: bool
   ) -> list[tuple[int, int]]:
     """Opens every image, and says at which size it will be scored."""
-    sizes = []
+    sizes, multiple = [], self._multiple()
     for i, image in enumerate(images):
       opened = images_lib.open_image(image)
       try:
         size = buckets.target_size(
-          opened.height, opened.width, multiple=self._multiple(), resize=resize
+          opened.height, opened.width, multiple=multiple, resize=resize
         )
       except ValueError as e:
         name = f"number {i}" if isinstance(image, Image.Image) else image
@@ -784,11 +785,14 @@ def _finite(scores: np.ndarray) -> np.ndarray:
 def _require(folder: pathlib.Path, names: Sequence[str], purpose: str) -> None:
   """All of these components, in the folder or its bases."""
   folder_lib.read_config(folder)
-  if missing := [name for name in names if not folder_lib.has(folder, name)]:
-    raise folder_lib.FolderError(
-      f"{folder} has no {', '.join(missing)}, which {purpose} needs: convert it "
-      "(again) with convert/torch_to_flax.py from a checkpoint that holds them"
-    )
+  for name in names:
+    try:
+      folder_lib.find(folder, name)
+    except folder_lib.FolderError as e:
+      raise folder_lib.FolderError(
+        f"{purpose} needs {name!r}, but {e}: convert again, from a checkpoint that "
+        "holds it"
+      ) from e
 
 
 def _distinct(prompts: Sequence[str]) -> tuple[list[str], np.ndarray]:

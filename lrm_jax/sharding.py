@@ -10,9 +10,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 RULES = ("fsdp", "replicate")
@@ -47,7 +45,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def path_name(path: tuple) -> str:
   """A jax key path as `params/blocks/0/attn/qkv/kernel`."""
-  return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+  return "/".join(
+    str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
+  )
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]]) -> Any:

@@ -22,9 +22,9 @@ class TrainState:
   """
 
   step: Any
-  params: dict[str, Any]
+  params: Any
   opt_state: Any
-  ema: dict[str, Any] | None
+  ema: Any
 
 
 def create(

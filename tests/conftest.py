@@ -8,6 +8,8 @@ import os
 import pathlib
 import sys
 
+import pytest
+
 if "jax" in sys.modules:
   raise RuntimeError("jax was imported before tests/conftest.py could configure it")
 
@@ -27,3 +29,11 @@ for name, value in {
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+
+
+@pytest.fixture(scope="session")
+def golden_folders(tmp_path_factory):
+  """The golden models, converted once for all tests (see tests/conversion.py)."""
+  from tests import conversion  # needs torch, which a test run may lack
+
+  return conversion.Golden(tmp_path_factory.mktemp("golden"))

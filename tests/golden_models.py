@@ -74,6 +74,12 @@ def random_model(make: Callable[[], nnx.Module], seed: int = 0) -> Loaded:
   return Loaded(None, graphdef, random_params(like, seed))
 
 
+def fresh_model(make: Callable[[], nnx.Module]) -> Loaded:
+  """The model that `make` builds, as it is initialised."""
+  graphdef, _ = weights.abstract(make)
+  return Loaded(None, graphdef, jax.jit(lambda: weights.split(make())[1])())
+
+
 def random_inputs(
   config: mmdit.MMDiTConfig, *, b: int = 2, hw=(6, 8), length: int = 5, seed: int = 1
 ):

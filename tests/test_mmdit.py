@@ -174,13 +174,17 @@ def assert_close(a, b, tol=1e-5):
   a, b = weights.flatten(a), weights.flatten(b)
   assert a.keys() == b.keys()
   for path in a:
-    assert helpers.rel_err(a[path], b[path]) <= tol, path
+    # Not rel_err: the last block's text queries have gradient 0, nobody reads them.
+    error = np.linalg.norm(np.asarray(a[path]) - np.asarray(b[path]))
+    assert error <= tol * np.linalg.norm(b[path]), path
 
 
 @pytest.mark.parametrize("flags", [dict(scan_blocks=False), dict(remat=True)], ids=str)
 def test_scanned_unrolled_and_remat_agree(flags):
   """Values and gradients."""
-  config = dataclasses.replace(SMALL, image_taps=(1, 3), text_taps=(0, 3))
+  config = dataclasses.replace(
+    SMALL, num_layers=3, dual_layers=(0, 1), image_taps=(1, 3), text_taps=(0, 2)
+  )
   plain = golden_models.random_model(golden_models.make_mmdit(config))
   inputs = golden_models.random_inputs(config)
   out, grads = everything(plain, plain.params, inputs)
@@ -192,7 +196,6 @@ def test_scanned_unrolled_and_remat_agree(flags):
   other = golden_models.Loaded(config, graphdef, params)
   out2, grads2 = everything(other, params, inputs)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), out, out2)
-  # The number of blocks reaches the velocity: no path may be lost on the way.
   assert_close(grads, mmdit.stack_params(grads2) if unroll else grads2, tol=1e-4)
 
 
@@ -350,12 +353,12 @@ def test_bfloat16_compute_is_close():
 
 def test_fresh_model_is_the_identity_of_its_blocks():
   """adaLN-Zero: blocks pass tokens on, and the velocity is 0."""
-  config = dataclasses.replace(SMALL, image_taps=(0, 4), text_taps=(0, 4))
-  graphdef, params = weights.split(golden_models.make_mmdit(config)())
-  x, sigma, cond = golden_models.random_inputs(config)
-  velocity, feats = golden_models.Loaded(config, graphdef, params).run(
-    x, 1000 * sigma, cond
+  config = dataclasses.replace(
+    SMALL, num_layers=2, dual_layers=(0,), image_taps=(0, 2), text_taps=(0, 2)
   )
+  model = golden_models.fresh_model(golden_models.make_mmdit(config))
+  x, sigma, cond = golden_models.random_inputs(config)
+  velocity, feats = model.run(x, 1000 * sigma, cond)
   np.testing.assert_array_equal(velocity, 0)
   np.testing.assert_array_equal(*feats.image)
   np.testing.assert_array_equal(*feats.text)

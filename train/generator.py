@@ -10,29 +10,17 @@ from collections.abc import Callable
 import functools
 import pathlib
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from lrm_jax import build
-from lrm_jax import flow
+from lrm_jax import build, flow, optim, run_log, sample, sharding, train_state, weights
 from lrm_jax import folder as folder_lib
-from lrm_jax import optim
-from lrm_jax import run_log
-from lrm_jax import sample
-from lrm_jax import sharding
-from lrm_jax import train_state
-from lrm_jax import weights
-from lrm_jax.data import digit_pairs
-from lrm_jax.data import digits
-from lrm_jax.models import features
-from lrm_jax.models import mmdit
+from lrm_jax.data import digit_pairs, digits
+from lrm_jax.models import features, mmdit
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/")
 
@@ -125,7 +113,8 @@ def draw_samples(
 def save_model(path, config: ConfigDict, model_config, params, frozen) -> None:
   """The generator as a model folder."""
   leaves = {
-    p: np.asarray(leaf) for p, leaf in weights.flatten(optim.join(params, frozen)).items()
+    p: np.asarray(leaf)
+    for p, leaf in weights.flatten(optim.join(params, frozen)).items()
   }
   with folder_lib.write_atomically(path, force=True) as out:
     folder_lib.save_params(out / "transformer", leaves)
@@ -164,9 +153,7 @@ def train(config: ConfigDict) -> None:
   )
   model_config = make_model(config)
   init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
-  graphdef, params = weights.split(
-    mmdit.MMDiT(model_config, rngs=nnx.Rngs(init_key))
-  )
+  graphdef, params = weights.split(mmdit.MMDiT(model_config, rngs=nnx.Rngs(init_key)))
   params, frozen = optim.partition(params, (("^pos_embed$", "freeze"), (".*", "train")))
   print(f"generator: {weights.count(params):,} parameters, {len(splits.train)} digits")
   schedule = optim.make_schedule(
@@ -233,7 +220,10 @@ def train(config: ConfigDict) -> None:
     right = float(np.mean(oracle.correct(made.images, made.labels)))
     distance = digits.frechet_distance(made.images, splits.held_out.images)
     print(f"{name:24s} {right:20.3f} {distance:17.2f}")
-  for name, made in (("early", sets["early_held_out"]), ("final", sets["final_held_out"])):
+  for name, made in (
+    ("early", sets["early_held_out"]),
+    ("final", sets["final_held_out"]),
+  ):
     digits.save_grid(workdir / f"samples_{name}.png", made.images[:100])
   digits.save_grid(workdir / "samples_guided.png", guided.images[:100])
   print(f"wrote {workdir}/model, samples.npz, metrics.jsonl, samples_*.png")

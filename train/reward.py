@@ -8,7 +8,7 @@ and TensorBoard, `accuracy.json` and `accuracy.png` (held-out pair accuracy agai
 noise level), and the trained model as a model folder (`workdir/model`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -16,32 +16,30 @@ import os
 import pathlib
 from typing import Any
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 import numpy as np
 import optax
 
-from lrm_jax import build
-from lrm_jax import checkpoint
-from lrm_jax import flow
+from lrm_jax import (
+  build,
+  checkpoint,
+  flow,
+  optim,
+  plots,
+  run_log,
+  sharding,
+  train_state,
+  weights,
+)
 from lrm_jax import folder as folder_lib
 from lrm_jax import metrics as metrics_lib
-from lrm_jax import optim
-from lrm_jax import plots
-from lrm_jax import run_log
-from lrm_jax import sharding
-from lrm_jax import train_state
-from lrm_jax import weights
 from lrm_jax.data import pairs
 from lrm_jax.keymaps import lora as lora_keymap
-from lrm_jax.models import features
-from lrm_jax.models import reward
+from lrm_jax.models import features, reward
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/")
 
@@ -114,7 +112,7 @@ def make_train_step(
       "train/acc": jnp.mean(r_chosen > r_rejected),
       "train/score_gap": jnp.mean(r_chosen - r_rejected),
       "train/score_mean": jnp.mean(jnp.concatenate(scores)),
-      "train/grad_norm": optax.global_norm(grads),
+      "train/grad_norm": optax.tree.norm(grads),
     }
 
   return step
@@ -177,15 +175,16 @@ def make_tx(config: ConfigDict) -> optax.GradientTransformation:
   )
 
 
-def setup(config: ConfigDict) -> Trainer:
-  """Builds model, optimizer and programs on the config's mesh.
+def setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Trainer:
+  """Builds model, optimizer and programs on the config's mesh (of all devices).
 
   Raises:
     ValueError, FolderError: a config or base folder that does not fit; the message
       names the key.
   """
-  fsdp = jax.device_count() if config.mesh.fsdp == -1 else config.mesh.fsdp
-  mesh = sharding.make_mesh(fsdp)
+  devices = jax.devices() if devices is None else devices
+  fsdp = len(devices) if config.mesh.fsdp == -1 else config.mesh.fsdp
+  mesh = sharding.make_mesh(fsdp, devices)
   jax.set_mesh(mesh)
   for name, size in (("train", config.train), ("eval", config.eval)):
     if size.batch_size % mesh.size:
@@ -322,7 +321,10 @@ def write_report(workdir: pathlib.Path, name: str, rows: list[dict]) -> None:
     curves[kind] = tuple([r[c] for r in mine] for c in ("sigma", "acc", "lo", "hi"))
   title = f"Held-out pair accuracy against noise level: {name}"
   plots.accuracy_vs_sigma(workdir / "accuracy.png", curves, title=title)
-  print(f"{'held-out accuracy at sigma':28s}" + "".join(f"{s:>8g}" for s in curves["all"][0]))
+  print(
+    f"{'held-out accuracy at sigma':28s}"
+    + "".join(f"{s:>8g}" for s in curves["all"][0])
+  )
   for kind, (_, acc, _, _) in curves.items():
     print(f"{kind:28s}" + "".join(f"{a:8.3f}" for a in acc))
 
@@ -391,9 +393,25 @@ def train(config: ConfigDict) -> None:
     )
   )
   run_log.write_run_info(workdir, config.to_dict(), seed=config.seed)
-  checkpoints = checkpoint.Checkpoints(
+  with checkpoint.Checkpoints(
     workdir / "checkpoints", keep=config.train.keep_checkpoints
-  )
+  ) as checkpoints:
+    rows = run(trainer, loader, held_out, checkpoints, workdir)
+  save_model(trainer, workdir / "model")
+  write_report(workdir, workdir.name, rows)
+  print(f"wrote {workdir}/model, accuracy.json, accuracy.png, metrics.jsonl")
+
+
+def run(
+  trainer: Trainer,
+  loader: Any,
+  held_out: pairs.PairSource,
+  checkpoints: checkpoint.Checkpoints,
+  workdir: pathlib.Path,
+) -> list[dict]:
+  """All steps from the newest checkpoint on. Returns the last evaluation's rows."""
+  config = trainer.config
+  num_steps = config.train.num_steps
   start = checkpoints.latest or 0
   if start:
     trainer.state, data_state = checkpoints.restore(
@@ -401,13 +419,11 @@ def train(config: ConfigDict) -> None:
     )
     loader.set_state(data_state)
     print(f"continuing {workdir} from step {start}")
-  num_steps = config.train.num_steps
   print(
     f"reward model: {weights.count(trainer.state.params):,} trained and "
-    f"{weights.count(trainer.frozen):,} frozen parameters; {len(source):,} training and "
-    f"{len(held_out):,} held-out pairs; {jax.device_count()} device(s)"
+    f"{weights.count(trainer.frozen):,} frozen parameters; {len(held_out):,} held-out "
+    f"pairs; {jax.device_count()} device(s)"
   )
-
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
   rows: list[dict] = []
   with run_log.RunLog(workdir, resume_step=start, total_steps=num_steps) as log:
@@ -422,21 +438,18 @@ def train(config: ConfigDict) -> None:
         log.log(*pending)
         pending = None
       last = step == num_steps
-      if step % config.eval.every == 0 or last:
+      evaluated = step % config.eval.every == 0 or last
+      if evaluated:
         rows = evaluate(trainer, held_out)
         metrics |= metrics_lib.named_accuracies(rows, "val")
-      if step % config.train.log_every == 0 or step % config.eval.every == 0 or last:
+      if step % config.train.log_every == 0 or evaluated:
         pending = step, metrics
       if step % config.train.checkpoint_every == 0 or last:
         checkpoints.save(step, trainer.state, loader.get_state())
     if pending is not None:
       log.log(*pending)
-  checkpoints.close()
-  if not rows:  # nothing left to train: report what the checkpoint holds
-    rows = evaluate(trainer, held_out)
-  save_model(trainer, workdir / "model")
-  write_report(workdir, workdir.name, rows)
-  print(f"wrote {workdir}/model, accuracy.json, accuracy.png, metrics.jsonl")
+  # Nothing was left to train: report what the checkpoint holds.
+  return rows or evaluate(trainer, held_out)
 
 
 def main(argv: list[str]) -> None:

@@ -5,8 +5,7 @@ import pathlib
 
 import numpy as np
 
-from lrm_jax.data import digits
-from lrm_jax.data import pairs
+from lrm_jax.data import digits, pairs
 
 # Names in samples.npz: images by an early and by the final generator, once for the
 # training pairs and once, drawn freshly, for the held-out pairs.

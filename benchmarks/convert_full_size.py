@@ -1,12 +1,13 @@
 """Converts a full-size random SD3.5 transformer and compares one forward with torch.
 
-  python benchmarks/convert_full_size.py --work /tmp/full --out benchmarks/results/convert_full_size.json
+  python benchmarks/convert_full_size.py --work /tmp/full \\
+      --out benchmarks/results/convert_full_size.json
 
-Writes the random checkpoint (bfloat16, sharded safetensors with an index) if it is
-not there, converts it in a child process, then runs
-the same small latent through diffusers and through the converted folder, each in its
-own process and in float32 arithmetic on the same bfloat16 weights. Needs the convert
-extra, and about 10 GB of memory and of disk for SD3.5-Medium.
+Writes the random checkpoint (bfloat16, sharded safetensors with an index) if it is not
+there and converts it in a child process. Then the same small latent goes through
+diffusers and through the converted folder, each in its own process and in float32
+arithmetic on the same bfloat16 weights. Needs the convert extra, and about 10 GB of
+memory and of disk for SD3.5-Medium.
 """
 
 import argparse

@@ -190,7 +190,8 @@ def train(config: ConfigDict) -> None:
   num_steps = config.train.num_steps
   if not 0 < config.samples.early_step < num_steps:
     raise ValueError(
-      f"samples.early_step={config.samples.early_step} must lie within 1..{num_steps - 1}"
+      f"samples.early_step={config.samples.early_step} must lie within "
+      f"1..{num_steps - 1}"
     )
   with run_log.RunLog(workdir, resume_step=0, total_steps=num_steps) as log:
     for i in range(1, num_steps + 1):

@@ -54,22 +54,23 @@ def pair_scores(
   noise_key: jax.Array,
   *,
   shared_noise: bool,
+  constrain: Callable[[Any], Any] = lambda tree: tree,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """(r_chosen, r_rejected), each (b,), of one batch at noise levels sigma (b,).
 
-  Both sides of all pairs run as one batch of 2b.
+  Both sides run as one batch of 2b, the two of a pair next to each other: a batch
+  split over devices then stays where it is. `constrain` pins that split.
   """
-  x0 = jnp.stack([batch["chosen"], batch["rejected"]]).astype(jnp.float32)
+  x0 = jnp.stack([batch["chosen"], batch["rejected"]], axis=1).astype(jnp.float32)
   draws = 1 if shared_noise else 2
-  eps = jax.random.normal(noise_key, (draws, *x0.shape[1:]))
-  eps = jnp.broadcast_to(eps, x0.shape)
-  x0, eps = (a.reshape(-1, *a.shape[2:]) for a in (x0, eps))
+  eps = jax.random.normal(noise_key, (x0.shape[0], draws, *x0.shape[2:]))
+  x = flow.add_noise(x0, jnp.broadcast_to(eps, x0.shape), sigma)
+  x = x.reshape(-1, *x.shape[2:])
   cond = features.Cond(batch["context"], batch["pooled"])
-  cond = jax.tree.map(lambda a: jnp.concatenate([a, a]), cond)
-  sigma = jnp.concatenate([sigma, sigma])
-  scores = model(flow.add_noise(x0, eps, sigma), sigma, cond, key=dropout_key)
-  return tuple(jnp.split(scores, 2))
+  sigma, cond = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), (sigma, cond))
+  scores = model(*constrain((x, sigma, cond)), key=dropout_key)
+  return tuple(scores.reshape(-1, 2).T)
 
 
 def make_train_step(
@@ -80,6 +81,7 @@ def make_train_step(
   loss_fn: Callable[..., jax.Array],
   shared_noise: bool,
   ema_decay: float | None,
+  constrain: Callable[[Any], Any] = lambda tree: tree,
 ) -> Callable:
   """`step(state, frozen, batch, key) -> (state, metrics)`, pure.
 
@@ -99,6 +101,7 @@ def make_train_step(
         sigma,
         keys[1],
         shared_noise=shared_noise,
+        constrain=constrain,
         dropout_key=keys[2],
       )
       loss = jnp.mean(loss_fn(r_chosen, r_rejected, sigma))
@@ -118,13 +121,20 @@ def make_train_step(
   return step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, *, shared_noise: bool) -> Callable:
+def make_eval_step(
+  graphdef: nnx.GraphDef,
+  *,
+  shared_noise: bool,
+  constrain: Callable[[Any], Any] = lambda tree: tree,
+) -> Callable:
   """`step(params, frozen, batch, sigma (), key) -> (r_chosen, r_rejected)`."""
 
   def step(params, frozen, batch, sigma, key):
     model = nnx.merge(graphdef, optim.join(params, frozen))
     sigma = jnp.broadcast_to(sigma, (batch["chosen"].shape[0],))
-    return pair_scores(model, batch, sigma, key, shared_noise=shared_noise)
+    return pair_scores(
+      model, batch, sigma, key, shared_noise=shared_noise, constrain=constrain
+    )
 
   return step
 
@@ -220,6 +230,9 @@ def setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Tr
   state = jax.jit(create, out_shardings=state_shardings)(trained)
   batch_sharding = sharding.batch_sharding(mesh)
   replicated = sharding.replicated(mesh)
+  constrain = functools.partial(
+    jax.lax.with_sharding_constraint, shardings=batch_sharding
+  )
   train_step = make_train_step(
     graphdef,
     tx,
@@ -227,6 +240,10 @@ def setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Tr
     loss_fn=build.loss_fn(config.loss),
     shared_noise=config.noise.shared,
     ema_decay=config.train.ema_decay,
+    constrain=constrain,
+  )
+  eval_step = make_eval_step(
+    graphdef, shared_noise=config.noise.shared, constrain=constrain
   )
   return Trainer(
     config=config,
@@ -239,10 +256,7 @@ def setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Tr
     train_step=jax.jit(
       train_step, donate_argnums=0, out_shardings=(state_shardings, replicated)
     ),
-    eval_step=jax.jit(
-      make_eval_step(graphdef, shared_noise=config.noise.shared),
-      out_shardings=replicated,
-    ),
+    eval_step=jax.jit(eval_step, out_shardings=replicated),
   )
 
 

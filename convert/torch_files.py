@@ -155,7 +155,7 @@ def _open_index(folder: pathlib.Path, index: pathlib.Path) -> Source:
 
 
 def _open_safetensors(files: list[pathlib.Path], name: str) -> Source:
-  handles, tensors, metadata = {}, {}, {}
+  where, tensors, metadata = {}, {}, {}
   for path in files:
     try:
       handle = safetensors.safe_open(path, framework="numpy")
@@ -172,9 +172,16 @@ def _open_safetensors(files: list[pathlib.Path], name: str) -> Source:
         )
       if key in tensors:
         raise ConversionError(f"{name}: {key} is in two files")
-      handles[key] = handle
+      where[key] = path
       tensors[key] = (tuple(entry.get_shape()), _SAFETENSORS_DTYPES[dtype])
-  return Source(name, tensors, lambda key: handles[key].get_tensor(key), metadata)
+
+  def read(key):
+    # Mapped anew for each tensor: pages of a file that stays mapped would add up to
+    # the whole checkpoint in this process's memory.
+    with safetensors.safe_open(where[key], framework="numpy") as handle:
+      return handle.get_tensor(key)
+
+  return Source(name, tensors, read, metadata)
 
 
 def _open_pickle(path: pathlib.Path) -> Source:

@@ -1,4 +1,4 @@
-"""The few figures of the reports. Needs matplotlib, part of the `quickstart` extra."""
+"""The few figures of the reports."""
 
 from collections.abc import Mapping
 import os
@@ -103,13 +103,10 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _new_figure():
-  try:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-  except ModuleNotFoundError as e:
-    raise ModuleNotFoundError(
-      "plots need matplotlib: install lrm_jax with its `quickstart` extra"
-    ) from e
+  # Imported here: it takes a second, and most programs draw nothing.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
   # Without pyplot: no global state, and no display is ever looked for.
   figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)

@@ -26,9 +26,15 @@ for name, value in {
 }.items():
   os.environ.setdefault(name, value)
 
-DEVICES = "--xla_force_host_platform_device_count"
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+XLA_FLAGS = {
+  "--xla_force_host_platform_device_count": "8",
+  # The suite's time is compile time: tiny programs, each run a few times.
+  "--xla_backend_optimization_level": "0",
+  "--xla_cpu_use_fusion_emitters": "false",
+}
+given = os.environ.get("XLA_FLAGS", "")
+missing = [f"{k}={v}" for k, v in XLA_FLAGS.items() if k not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
 
 @pytest.fixture(scope="session")

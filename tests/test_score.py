@@ -274,9 +274,9 @@ def test_without_t5_its_tokens_are_zeros(drm_folder, cond, tmp_path):
   folder = without(drm_folder, tmp_path / "no_t5", "t5")
   got = Scorer.load(folder, t5_length=T5_LENGTH).encode_prompts(PROMPTS)
   assert got.context.shape == cond.context.shape
-  np.testing.assert_array_equal(got.context[:, :77], cond.context[:, :77])
+  assert helpers.rel_err(got.context[:, :77], cond.context[:, :77]) < 1e-5
   np.testing.assert_array_equal(got.context[:, 77:], 0)
-  np.testing.assert_array_equal(got.pooled, cond.pooled)
+  assert helpers.rel_err(got.pooled, cond.pooled) < 1e-5
 
 
 def test_folders_that_lack_something(sd35_folder, drm_folder, tmp_path, latents, cond):

@@ -390,10 +390,10 @@ def save_model(trainer: Trainer, path: pathlib.Path) -> None:
 # --- the run -----------------------------------------------------------------------
 
 
-def train(config: ConfigDict) -> None:
+def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
   """Trains to `train.num_steps`, continuing from the newest checkpoint if any."""
   workdir = pathlib.Path(config.workdir)
-  trainer = setup(config)
+  trainer = setup(config, devices)
   source, held_out = build.pair_sources(config.data)
   loader = iter(
     pairs.make_loader(

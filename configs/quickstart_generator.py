@@ -36,16 +36,16 @@ def get_config() -> ConfigDict:
 
   c.train = ConfigDict()
   c.train.batch_size = 128
-  c.train.num_steps = 1500
+  c.train.num_steps = 800
   c.train.learning_rate = 1e-3
   c.train.warmup_steps = 50
   c.train.schedule = "cosine"
   c.train.weight_decay = 0.01
   c.train.clip_norm = 1.0
-  c.train.log_every = 25  # steps
+  c.train.log_every = 25  # steps; one jitted call each
 
   c.samples = ConfigDict()  # what the reward model's pairs are made of
-  c.samples.early_step = 300  # of num_steps: the generator's bad old days
+  c.samples.early_step = 200  # of num_steps: the generator's bad old days
   c.samples.num_train = 2000
   c.samples.num_held_out = 800
   c.samples.num_steps = 10  # Euler steps

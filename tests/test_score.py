@@ -532,14 +532,17 @@ def test_exit_code_of_the_process(files):
 
 
 @pytest.mark.slow
-def test_the_example_in_the_documentation(dina_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", ["scoring.md", "python.md"])
+def test_the_example_in_the_documentation(
+  page, dina_folder, tmp_path, monkeypatch, capsys
+):
   (tmp_path / "models").mkdir()
   (tmp_path / "models" / "dina").symlink_to(dina_folder)
   for name in "ab":
     picture(32, 80, ord(name)).save(tmp_path / f"{name}.png")
   monkeypatch.chdir(tmp_path)
-  page = (ROOT / "docs" / "scoring.md").read_text()
-  (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-  exec(compile(example, "docs/scoring.md", "exec"), {})
+  text = (ROOT / "docs" / page).read_text()
+  (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  exec(compile(example, page, "exec"), {})
   assert capsys.readouterr().out
   shutil.rmtree(tmp_path / "models")

@@ -255,6 +255,11 @@ def test_run_resume_and_saved_model(base, pair_folders, tmp_path, capsys):
   for path, leaf in whole.items():
     np.testing.assert_array_equal(leaf, resumed[path], err_msg=path)
 
+  # Another learning rate is another run.
+  halves.train.learning_rate = 2e-2
+  with pytest.raises(ValueError, match="train.learning_rate: 0.01 then, 0.02 now"):
+    train_reward.train(halves, ONE)
+
   lines = [
     json.loads(line)
     for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()

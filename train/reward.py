@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from absl import app, flags, logging
@@ -389,6 +390,37 @@ def save_model(trainer: Trainer, path: pathlib.Path) -> None:
 
 # --- the run -----------------------------------------------------------------------
 
+# Settings that may change between a run and its continuation; any other would make
+# the result neither the old run's nor the new one's.
+MAY_CHANGE = re.compile(
+  r"workdir|eval\..*|mesh\..*|"
+  r"train\.(num_steps|log_every|checkpoint_every|keep_checkpoints)"
+)
+
+
+def check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Compares the config of the run that left checkpoints in `workdir` with this one.
+
+  Raises:
+    ValueError: they differ in more than MAY_CHANGE; every difference is listed.
+  """
+  info = workdir / "run.json"
+  if not info.is_file():
+    raise ValueError(f"{workdir} holds checkpoints but no run.json: whose are they?")
+  old = weights.flatten(json.loads(info.read_text())["config"])
+  new = weights.flatten(json.loads(json.dumps(config.to_dict())))
+  old, new = ({k.replace("/", "."): v for k, v in c.items()} for c in (old, new))
+  differences = [
+    f"{key}: {old.get(key)} then, {new.get(key)} now"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key) and not MAY_CHANGE.fullmatch(key)
+  ]
+  if differences:
+    raise ValueError(
+      f"{workdir} holds a run with other settings; choose another workdir or delete "
+      "it\n  " + "\n  ".join(differences)
+    )
+
 
 def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
   """Trains to `train.num_steps`, continuing from the newest checkpoint if any."""
@@ -406,10 +438,12 @@ def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> No
       drop_remainder=True,
     )
   )
-  run_log.write_run_info(workdir, config.to_dict(), seed=config.seed)
   with checkpoint.Checkpoints(
     workdir / "checkpoints", keep=config.train.keep_checkpoints
   ) as checkpoints:
+    if checkpoints.latest is not None:
+      check_same_run(workdir, config)
+    run_log.write_run_info(workdir, config.to_dict(), seed=config.seed)
     rows = run(trainer, loader, held_out, checkpoints, workdir)
   save_model(trainer, workdir / "model")
   write_report(workdir, workdir.name, rows)

@@ -681,12 +681,18 @@ class Scorer:
   ) -> list[tuple[int, int]]:
     """Opens every image, and says at which size it will be scored."""
     sizes, multiple = [], self._multiple()
+    largest = multiple * self.config.backbone.pos_embed_size
     for i, image in enumerate(images):
       opened = images_lib.open_image(image)
       try:
         size = buckets.target_size(
           opened.height, opened.width, multiple=multiple, resize=resize
         )
+        if max(size) > largest:
+          raise ValueError(
+            f"it would be scored at {size[0]}x{size[1]} pixels, but the model's "
+            f"position table ends at {largest}: make it smaller"
+          )
       except ValueError as e:
         name = f"number {i}" if isinstance(image, Image.Image) else image
         raise images_lib.ImageError(f"image {name}: {e}") from e

@@ -40,6 +40,12 @@ def test_three_percent_of_log_aspect_ratio():
   assert buckets.nearest_bucket(10000, outside) is None
 
 
+def test_small_images_are_not_blown_up():
+  assert buckets.target_size(240, 240) == (256, 256)
+  assert buckets.target_size(840, 560) == (832, 560)  # its bucket is 1248 x 832
+  assert buckets.target_size(64, 96, multiple=4) == (64, 96)
+
+
 def test_without_a_bucket():
   # Its own size, rounded down; never enlarged.
   assert buckets.target_size(500, 1001) == (496, 992)

@@ -15,6 +15,7 @@ import pytest
 
 from lrm_jax import folder as folder_lib
 from lrm_jax import score
+from lrm_jax.data import buckets
 from lrm_jax.data import images as images_lib
 from lrm_jax.models import features
 from lrm_jax.scorer import Scorer
@@ -439,11 +440,18 @@ def test_images_go_to_buckets(drm, monkeypatch):
 
   monkeypatch.setattr(drm, "encode_images", encode)
   monkeypatch.setattr(drm, "_score_rows", lambda data, us, *_: np.zeros((1, data.num)))
-  images = [picture(300, 300, 0), picture(40, 101, 1), picture(200, 200, 2)]
+  # The published sizes exceed this small model's position table.
+  monkeypatch.setattr(buckets, "BUCKETS", ((80, 80),))
+  images = [picture(90, 90, 0), picture(40, 91, 1), picture(70, 70, 2)]
   got = drm.score_images(images, PROMPTS, key=KEY)
   # Height and width multiples of 4, a patch of this small model's pixels.
-  assert [s[1:3] for s in seen] == [(256, 256), (40, 100)]
-  assert got.size.tolist() == [[256, 256], [40, 100], [256, 256]]
+  assert [s[1:3] for s in seen] == [(80, 80), (40, 88)]
+  assert got.size.tolist() == [[80, 80], [40, 88], [80, 80]]
+
+
+def test_an_image_larger_than_the_position_table(drm):
+  with pytest.raises(images_lib.ImageError, match="256x256.*ends at 96"):
+    drm.score_images([picture(300, 300, 0)], PROMPTS[:1], key=KEY)
 
 
 # --- the command line --------------------------------------------------------------

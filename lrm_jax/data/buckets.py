@@ -24,6 +24,8 @@ BUCKETS = (
   (832, 1152),
 )
 MAX_LOG_ASPECT_GAP = 0.03
+# A smaller image is not blown up to its bucket: that would be a score of the blur.
+MAX_ENLARGEMENT = 1.25  # along a side
 MAX_AREA = max(height * width for height, width in BUCKETS)
 # Eight pixels per latent cell, two cells per patch of SD3.5's transformer.
 MULTIPLE = 16
@@ -56,9 +58,10 @@ def target_size(
 ) -> tuple[int, int]:
   """The size at which an image is scored.
 
-  With `resize`, its bucket; where it fits none, its own size, scaled down (never up)
-  to the largest bucket's area, and rounded down to multiples of `multiple`. Without
-  `resize`, its own size rounded down.
+  With `resize`, its bucket; where it fits none, or only one that is more than
+  MAX_ENLARGEMENT larger, its own size, scaled down (never up) to the largest bucket's
+  area, and rounded down to multiples of `multiple`. Without `resize`, its own size
+  rounded down.
 
   Raises:
     ValueError: a side shorter than `multiple`.
@@ -66,7 +69,7 @@ def target_size(
   scale = 1.0
   if resize:
     bucket = nearest_bucket(height, width)
-    if bucket is not None:
+    if bucket is not None and bucket[0] <= MAX_ENLARGEMENT * height:
       return bucket
     scale = min(1.0, math.sqrt(MAX_AREA / (height * width)))
   # The tiny addition keeps rounding from losing a whole multiple.

@@ -113,7 +113,8 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
   if not path.is_file():
     raise FolderError(
       f"{folder} is not a model folder (no {CONFIG}): make one with "
-      "convert/torch_to_flax.py or train/reward.py"
+      "convert/torch_to_flax.py or a trainer (the quickstart's generator: python "
+      "train/generator.py --config configs/quickstart_generator.py)"
     )
   try:
     config = json.loads(path.read_text())

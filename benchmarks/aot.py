@@ -1,8 +1,8 @@
 """Compiles the full-size scorer for an accelerator that is not there.
 
 XLA compiles ahead of time for a described device, so that peak memory, the chosen
-kernels and the compile time can be checked on any machine (PJRT's compile-only
-topologies). Nothing runs: there are no times but the compiler's own.
+kernels and the compile time can be checked on any machine (lrm_jax/aot.py). Nothing
+runs: there are no times but the compiler's own.
 
 GPU: needs the CUDA plugin (`pip install "jax-cuda12-plugin[with-cuda]"`, 5 GB) and a
 description of the device, XLA's GpuTargetConfigProto as text (in openxla/xla under
@@ -15,84 +15,36 @@ TPU: needs `pip install libtpu`; one chip of the named topology is compiled for:
 
   python benchmarks/aot.py --device v5e:2x2
 
+The training step is compiled by the trainer (docs/aot.md); a table of its reports:
+
+  python train/reward.py --config configs/sd35m.py --aot v5e:4x4 --aot_out a.json
+  python benchmarks/aot.py --table a.json b.json
+
 Exit code 3: the compiler for that device is not installed.
 """
 
 import argparse
-import importlib.util
+from collections.abc import Mapping, Sequence
+import dataclasses
 import json
-import os
 import pathlib
-import re
 import sys
-import time
 from typing import Any
 
 from flax import nnx
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
-from jaxlib import xla_client
 
-from lrm_jax import build, flops, weights
-from lrm_jax.models import features
+from lrm_jax import aot, build, flops, weights
+from lrm_jax.models import attention, features
 
-GIB = 2**30
 NOT_INSTALLED = 3
 
 
-class NotInstalledError(RuntimeError):
-  """No compiler for the wanted device on this machine."""
-
-
-def is_tpu(device: str) -> bool:
-  return re.match(r"v\d", device) is not None
-
-
-def target(device: str, target_config: str | None) -> tuple[Any, dict[str, Any]]:
-  """One compile-only device of the wanted kind, and its compiler options.
-
-  Raises:
-    NotInstalledError: its plugin is missing.
-    ValueError: a GPU without a description.
-  """
-  # The host's own backend stays the CPU, whatever plugins are installed; listing its
-  # devices is what makes jax register the plugins.
-  jax.config.update("jax_platforms", "cpu")
-  if is_tpu(device):
-    if importlib.util.find_spec("libtpu") is None:
-      raise NotInstalledError("libtpu is not installed: pip install libtpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no metadata server off a TPU machine
-    topology = topologies.get_topology_desc(device, "tpu")
-    return topology.devices[0], {}
-
-  jax.devices()
-  if not xla_client.pjrt_plugin_loaded("cuda"):
-    raise NotInstalledError(
-      "jax's CUDA plugin is not installed: "
-      f'pip install "jax-cuda12-plugin[with-cuda]=={jax.__version__}"'
-    )
-  if target_config is None:
-    raise ValueError(f"--device {device} needs --target-config FILE")
-  if not xla_client.pjrt_plugin_initialized("cuda"):
-    xla_client.initialize_pjrt_plugin("cuda")
-  topology = topologies.get_topology_desc(
-    device,
-    platform="cuda",
-    target_config=pathlib.Path(target_config).read_text(),
-    topology="1x1x1",
-  )
-  options: dict[str, Any] = {"xla_gpu_autotune_level": 0}  # it would need the GPU
-  if (spec := importlib.util.find_spec("nvidia")) is not None:
-    for folder in spec.submodule_search_locations or ():
-      if (nvcc := pathlib.Path(folder, "cuda_nvcc")).is_dir():
-        options["xla_gpu_cuda_data_dir"] = str(nvcc)
-  return topology.devices[0], options
-
-
-def compile_scorer(args: argparse.Namespace, scan: bool) -> dict[str, Any]:
+def compile_scorer(
+  target: aot.Target, args: argparse.Namespace, scan: bool
+) -> dict[str, Any]:
   """One row of the table."""
-  device, options = target(args.device, args.target_config)
   config = build.REWARD_PRESETS[args.preset]()
   graphdef, params = weights.abstract(
     lambda: build.make_reward(
@@ -101,10 +53,10 @@ def compile_scorer(args: argparse.Namespace, scan: bool) -> dict[str, Any]:
       param_dtype=jnp.bfloat16,
       trained_dtype=jnp.bfloat16,
       scan_blocks=scan,
-      attention_impl="xla" if is_tpu(args.device) else "cudnn",
+      attention_impl=attention.resolve("auto", jnp.bfloat16, target.kind),
     )
   )
-  mesh = jax.sharding.Mesh([device], ("data",))
+  mesh = jax.sharding.Mesh(target.devices, ("data",))
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)  # noqa: E731
 
@@ -120,29 +72,23 @@ def compile_scorer(args: argparse.Namespace, scan: bool) -> dict[str, Any]:
     ),
   )
   score = jax.jit(lambda p, x, s, c: nnx.merge(graphdef, p)(x, s, c))
-  start = time.perf_counter()
-  lowered = score.lower(*inputs)
-  lowered_at = time.perf_counter()
-  compiled = lowered.compile(compiler_options=options)
-  done = time.perf_counter()
-
-  memory = compiled.memory_analysis()
-  sizes = {
-    name: getattr(memory, f"{name}_size_in_bytes") / GIB
-    for name in ("argument", "output", "temp")
-  }
+  count = b * flops.reward(config, side, side, args.text_tokens)
+  report = aot.report(score, inputs, target, flops_per_step=float(count))
+  memory, program = report.memory, report.program
   return {
     "blocks": "scanned" if scan else "unrolled",
     "parameters": weights.count(params) - weights.count(_tables(params)),
-    "teraflops": b * flops.reward(config, side, side, args.text_tokens) / 1e12,
-    "weights_and_inputs_gib": sizes["argument"],
-    "temporary_gib": sizes["temp"],
-    "peak_gib": sum(sizes.values()),
-    "cudnn_attention_calls": len(
-      re.findall(r'custom_call_target="__cudnn\$fmha', compiled.as_text())
+    "teraflops": count / 1e12,
+    "weights_and_inputs_gib": memory.arguments / aot.GIB,
+    "temporary_gib": memory.temporaries / aot.GIB,
+    "peak_gib": memory.total / aot.GIB,
+    "attention_kernels": sum(
+      calls
+      for name, calls in (program.custom_calls if program else {}).items()
+      if name.startswith(("__cudnn$fmha", "splash"))
     ),
-    "lower_s": lowered_at - start,
-    "compile_s": done - lowered_at,
+    "lower_s": report.lower_seconds,
+    "compile_s": report.compile_seconds,
   }
 
 
@@ -155,16 +101,59 @@ def table(rows: list[dict[str, Any]]) -> str:
   """The rows as a Markdown table."""
   head = (
     "| blocks | parameters | TFLOP | weights + inputs, GiB | temporary, GiB "
-    "| peak, GiB | cuDNN attention calls | lowering, s | compiling, s |"
+    "| peak, GiB | attention kernels run | lowering, s | compiling, s |"
   )
   lines = [head, "|" + "---|" * 9]
   for r in rows:
     lines.append(
       f"| {r['blocks']} | {r['parameters']:,} | {r['teraflops']:.3f} "
       f"| {r['weights_and_inputs_gib']:.2f} | {r['temporary_gib']:.2f} "
-      f"| {r['peak_gib']:.2f} | {r['cudnn_attention_calls']} "
+      f"| {r['peak_gib']:.2f} | {r['attention_kernels']} "
       f"| {r['lower_s']:.1f} | {r['compile_s']:.1f} |"
     )
+  return "\n".join(lines)
+
+
+def training_table(reports: Sequence[Mapping[str, Any]]) -> str:
+  """Reports of training steps (`aot.Report.to_dict`) as a Markdown table."""
+  columns = (
+    "recipe | target | mesh data x fsdp | pairs per step (per chip at once) | remat "
+    "| memory: state + inputs, temporaries, total, GiB | fits "
+    "| model TFLOP | collectives, GB | estimate + kernels, s | at least, s "
+    "| compiling, s"
+  )
+  lines = [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1)]
+  for r in reports:
+    s, m, program = r["settings"], r["memory"], r["program"]
+    fsdp = r["num_chips"] if s["mesh.fsdp"] == -1 else s["mesh.fsdp"]
+    at_once = s["train.batch_size"] / (r["num_chips"] * s["train.accumulate"])
+    fits = f"{r['spare'] / aot.GIB:+.1f} GiB"
+    collectives, estimate = "-", "-"
+    if program is not None:
+      collectives = ", ".join(
+        f"{kind} {size / 1e9:.1f}"
+        for kind, size in program["collective_bytes"].items()
+        if size > 5e7
+      )
+    if r["compiler_seconds"] is not None:
+      estimate = f"{r['compiler_seconds']:.3f} + {r['kernel_seconds']:.3f}"
+    bounds = {name: r[f"{name}_bound"] for name in ("compute", "memory", "link")}
+    cells = (
+      s["recipe"],
+      r["target"],
+      f"{r['num_chips'] // fsdp} x {fsdp}",
+      f"{s['train.batch_size']} ({at_once:g})",
+      s["model.remat"] + ("" if s["model.scan_blocks"] else ", unrolled"),
+      f"{m['arguments'] / aot.GIB:.2f}, {m['temporaries'] / aot.GIB:.2f}, "
+      f"{m['total'] / aot.GIB:.2f}",
+      ("yes, " if r["fits"] else "**no**, ") + fits,
+      f"{r['model_flops'] / 1e12:.1f}",
+      collectives or "-",
+      estimate,
+      f"{r['lower_bound']:.3f} ({max(bounds, key=bounds.get)})",
+      f"{r['compile_seconds']:.0f}",
+    )
+    lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines)
 
 
@@ -181,13 +170,22 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--text-tokens", type=int, default=333)
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--out", help="also write the rows to this JSON file")
+  parser.add_argument("--table", nargs="+", help="only print a table of these reports")
   args = parser.parse_args(argv)
 
+  if args.table:
+    reports = [json.loads(pathlib.Path(path).read_text()) for path in args.table]
+    print(training_table(reports))
+    return 0
   try:
-    rows = [compile_scorer(args, scan) for scan in (True, False)]
-  except NotInstalledError as e:
+    target = aot.target(args.device, args.target_config)
+  except aot.NotInstalledError as e:
     print(f"aot: {e}", file=sys.stderr)
     return NOT_INSTALLED
+  except aot.TargetError as e:
+    parser.error(str(e))
+  target = dataclasses.replace(target, devices=target.devices[:1])
+  rows = [compile_scorer(target, args, scan) for scan in (True, False)]
   print(
     f"{args.preset} forward, bf16, {args.pixels} px, {args.text_tokens} text tokens, "
     f"batch {args.batch}, compiled for {args.device} with jax {jax.__version__}\n"

@@ -13,13 +13,22 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   c = ConfigDict()
   c.seed = 42
+  c.wandb_project = None  # a name; needs pip install wandb
   c.workdir = "runs/drm_sd35m"
 
   c.data = ConfigDict()
-  c.data.kind = "folders"
-  c.data.train = "data/drm_train"  # confidence >= 0.95, 512 px, T5 length 512
-  c.data.held_out = "data/drm_test"
+  c.data.kind = "parquet"  # or "tfds": FOLDER:SPLIT in train and held_out
+  c.data.train = "data/pairs_512_train"
+  c.data.held_out = "data/pairs_512_test"
+  c.data.prompts = "data/prompts_t5_512"  # embedding cache; "": encode in the run
+  c.data.t5_length = 512  # tokens
   c.data.prompt_dropout = 0.0
+  c.data.reshuffle = True  # False: the same order every epoch, as the released code
+  c.data.shuffle_window = 16  # row groups; None: the whole bucket
+  c.data.cache_blocks = 64  # decoded row groups in memory (window x buckets at most)
+  c.data.num_threads = 8  # that read and decode, a batch each
+  c.data.prefetch = 8  # batches on the host; not fewer than threads
+  c.data.device_prefetch = 1  # batches on the devices besides the current one
 
   c.model = ConfigDict()
   c.model.base = "models/sd35m"
@@ -40,7 +49,7 @@ def get_config() -> ConfigDict:
   c.model.backbone_dtype = "float32"  # master weights: everything is trained
   c.model.trained_dtype = "float32"
   c.model.scan_blocks = True
-  c.model.remat = True
+  c.model.remat = "full"
   c.model.attention_impl = "auto"
   c.scoring = ConfigDict(
     dict(
@@ -73,10 +82,12 @@ def get_config() -> ConfigDict:
   c.train.schedule = "constant"
   c.train.weight_decay = 1e-4
   c.train.clip_norm = 1.0
+  c.train.accumulate = 1  # micro-batches per step
   c.train.ema_decay = None
   c.train.log_every = 10  # steps
   c.train.checkpoint_every = 1000  # steps
-  c.train.keep_checkpoints = 3
+  c.train.keep_checkpoints = 3  # the newest
+  c.train.keep_best = 1  # by mean held-out accuracy; saved at every evaluation
 
   c.eval = ConfigDict()
   c.eval.sigmas = (0.0, 0.25, 0.5, 0.75)
@@ -85,5 +96,12 @@ def get_config() -> ConfigDict:
 
   c.mesh = ConfigDict()
   c.mesh.fsdp = -1  # all devices: 40 GB of training state are split
+  c.mesh.tensor = 1
   c.sharding = ((".*", "fsdp"),)
+
+  c.aot = ConfigDict()  # what --aot compiles for
+  c.aot.pairs_per_device = None  # train.batch_size on all of them
+  c.aot.height = 512  # pixels
+  c.aot.width = 512
+  c.aot.text_tokens = 77 + c.data.t5_length
   return c

@@ -15,14 +15,18 @@ def get_config(init: str = "base") -> ConfigDict:
   """`init`: "base" starts from the pretrained generator, "random" from nothing."""
   c = ConfigDict()
   c.seed = 0
+  c.wandb_project = None
   c.workdir = {
     "base": "runs/quickstart/reward",
     "random": "runs/quickstart/reward_random",
   }[init]
 
   c.data = ConfigDict()
-  c.data.kind = "digits"
-  c.data.folder = "runs/quickstart/pairs"  # written once, then reused
+  c.data.kind = "digits"  # written as parquet parts once, then read as any other
+  c.data.train = "runs/quickstart/pairs/train"
+  c.data.held_out = "runs/quickstart/pairs/held_out"
+  c.data.prompts = "runs/quickstart/pairs/prompts"
+  c.data.t5_length = 0  # the toy embeddings have none
   c.data.samples = "runs/quickstart/generator/samples.npz"
   c.data.split_seed = 0
   c.data.channels = 4
@@ -31,6 +35,12 @@ def get_config(init: str = "base") -> ConfigDict:
   c.data.num_train = 12_000  # pairs, four kinds in equal parts
   c.data.num_held_out = 2_000
   c.data.prompt_dropout = 0.0
+  c.data.reshuffle = True
+  c.data.shuffle_window = 4  # row groups
+  c.data.cache_blocks = 8  # decoded row groups in memory
+  c.data.num_threads = 2  # that read and decode, a batch each
+  c.data.prefetch = 4  # batches on the host; not fewer than threads
+  c.data.device_prefetch = 1  # batches on the devices besides the current one
 
   c.model = ConfigDict()
   c.model.base = "runs/quickstart/generator/model"
@@ -49,7 +59,7 @@ def get_config(init: str = "base") -> ConfigDict:
   c.model.backbone_dtype = "float32"
   c.model.trained_dtype = "float32"
   c.model.scan_blocks = True
-  c.model.remat = False
+  c.model.remat = "none"
   c.model.attention_impl = "auto"
   c.scoring = ConfigDict(
     dict(
@@ -82,10 +92,12 @@ def get_config(init: str = "base") -> ConfigDict:
   c.train.schedule = "constant"
   c.train.weight_decay = 0.01
   c.train.clip_norm = 1.0
+  c.train.accumulate = 1  # micro-batches per step
   c.train.ema_decay = None
   c.train.log_every = 10  # steps
   c.train.checkpoint_every = 100  # steps
-  c.train.keep_checkpoints = 2
+  c.train.keep_checkpoints = 2  # the newest
+  c.train.keep_best = 1  # by mean held-out accuracy; saved at every evaluation
 
   c.eval = ConfigDict()
   c.eval.sigmas = (0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 0.9)
@@ -94,5 +106,12 @@ def get_config(init: str = "base") -> ConfigDict:
 
   c.mesh = ConfigDict()
   c.mesh.fsdp = 1
+  c.mesh.tensor = 1
   c.sharding = ((".*", "replicate"),)
+
+  c.aot = ConfigDict()  # what --aot compiles for
+  c.aot.pairs_per_device = None  # train.batch_size on all of them
+  c.aot.height = 64  # pixels of an image whose latent is 8x8
+  c.aot.width = 64
+  c.aot.text_tokens = 6
   return c

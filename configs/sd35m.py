@@ -4,8 +4,7 @@
   python train/reward.py --config configs/sd35m.py
 
 First 12 blocks with LoRA r 64, Q-Former head, Thurstone loss, shared noise.
-`data.train` and `data.held_out` are pair folders (lrm_jax/data/pairs.py) of latents
-and prompt embeddings computed beforehand.
+Latents and prompt embeddings are computed beforehand: docs/data.md.
 """
 
 from ml_collections import ConfigDict
@@ -14,13 +13,22 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   c = ConfigDict()
   c.seed = 42
+  c.wandb_project = None  # a name; needs pip install wandb
   c.workdir = "runs/sd35m"
 
   c.data = ConfigDict()
-  c.data.kind = "folders"
+  c.data.kind = "parquet"  # or "tfds": FOLDER:SPLIT in train and held_out
   c.data.train = "data/hpdv3_train"
   c.data.held_out = "data/hpdv3_test"
+  c.data.prompts = "data/prompts_t5_128"  # embedding cache; "": encode in the run
+  c.data.t5_length = 128  # tokens
   c.data.prompt_dropout = 0.0
+  c.data.reshuffle = True  # False: the same order every epoch, as the released code
+  c.data.shuffle_window = 16  # row groups; None: the whole bucket
+  c.data.cache_blocks = 64  # decoded row groups in memory (window x buckets at most)
+  c.data.num_threads = 8  # that read and decode, a batch each
+  c.data.prefetch = 8  # batches on the host; not fewer than threads
+  c.data.device_prefetch = 1  # batches on the devices besides the current one
 
   c.model = ConfigDict()
   c.model.base = "models/sd35m"
@@ -39,7 +47,7 @@ def get_config() -> ConfigDict:
   c.model.backbone_dtype = "bfloat16"  # frozen weights
   c.model.trained_dtype = "float32"  # adapters, head: bf16 would not move at 5e-5
   c.model.scan_blocks = True  # False on GPUs: faster, longer to compile
-  c.model.remat = False  # fits an H200 without
+  c.model.remat = "none"  # fits an H200 without
   c.model.attention_impl = "auto"
   c.scoring = ConfigDict(
     dict(
@@ -72,10 +80,12 @@ def get_config() -> ConfigDict:
   c.train.schedule = "constant"
   c.train.weight_decay = 0.01
   c.train.clip_norm = 1.0
+  c.train.accumulate = 1  # micro-batches per step
   c.train.ema_decay = None  # 0.995 in the paper's text; off in the released code
   c.train.log_every = 10  # steps
   c.train.checkpoint_every = 1000  # steps
-  c.train.keep_checkpoints = 3
+  c.train.keep_checkpoints = 3  # the newest
+  c.train.keep_best = 1  # by mean held-out accuracy; saved at every evaluation
 
   c.eval = ConfigDict()
   c.eval.sigmas = (0.3, 0.4, 0.5)
@@ -84,5 +94,12 @@ def get_config() -> ConfigDict:
 
   c.mesh = ConfigDict()
   c.mesh.fsdp = 1  # LoRA runs are pure data parallel
+  c.mesh.tensor = 1
   c.sharding = ((".*", "replicate"),)
+
+  c.aot = ConfigDict()  # what --aot compiles for
+  c.aot.pairs_per_device = 4  # as the paper; None: train.batch_size
+  c.aot.height = 512  # pixels
+  c.aot.width = 512
+  c.aot.text_tokens = 77 + c.data.t5_length
   return c

@@ -10,10 +10,13 @@ from lrm_jax.keymaps.engine import ConversionError
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(left: str = "nothing was written") -> Iterator[None]:
   """Bad input, an interrupt or a termination becomes a message and an exit code.
 
   Clean-up (`finally`) runs in every case, so that nothing half-written stays.
+
+  Args:
+    left: what an interrupted run leaves behind, for the message.
 
   Raises:
     SystemExit: "error: ..." (1), 130 for an interrupt, 143 for SIGTERM.
@@ -25,7 +28,7 @@ def one_line_errors() -> Iterator[None]:
   except (ConversionError, FolderError, OSError, ValueError) as e:
     raise SystemExit(f"error: {e}") from e
   except KeyboardInterrupt as e:
-    print("interrupted: nothing was written", file=sys.stderr)
+    print(f"interrupted: {left}", file=sys.stderr)
     raise SystemExit(130) from e
   finally:
     signal.signal(signal.SIGTERM, before)

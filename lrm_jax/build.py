@@ -20,7 +20,9 @@ import numpy as np
 
 from lrm_jax import flow, losses, weights
 from lrm_jax import folder as folder_lib
-from lrm_jax.data import digit_pairs, pairs
+from lrm_jax.data import digit_pairs, parquet
+from lrm_jax.data import source as source_lib
+from lrm_jax.keymaps import lora as lora_keymap
 from lrm_jax.models import clip, conv_head, lora, mmdit, qformer_head, reward, t5, vae
 
 CONFIG_CLASSES = {
@@ -189,7 +191,7 @@ def make_reward(
   param_dtype: Any = jnp.float32,
   trained_dtype: Any = jnp.float32,
   scan_blocks: bool = True,
-  remat: bool = False,
+  remat: str = "none",
   attention_impl: str = "auto",
   rngs: nnx.Rngs | None = None,
 ) -> reward.RewardModel:
@@ -299,6 +301,40 @@ def save_lora(
     raise ValueError("save_lora: these parameters hold no lora_a and lora_b")
   folder_lib.save_params(out / "lora", leaves)
   return {"config": config_to_dict(config)}
+
+
+def save_reward(
+  out: pathlib.Path,
+  leaves: Mapping[str, np.ndarray],
+  config: reward.RewardConfig,
+  scoring: reward.ScoringConfig,
+  *,
+  stacked: bool,
+) -> dict[str, Any]:
+  """Writes a reward model as the component `reward` of a model folder.
+
+  Args:
+    out: the folder, usually inside `folder.write_atomically`.
+    leaves: path -> array: the whole model, or only its adapters and head, for a
+      reward on the backbone of the folder or its base.
+    stacked: whether the blocks are stacked (the canonical layout) or unrolled.
+
+  Returns: the entry for `config.json`'s `components["reward"]`.
+  """
+  if not stacked:
+    leaves = stack_flat(leaves)
+  folder_lib.save_params(out / "reward", leaves)
+  own_backbone = any(p.startswith("backbone/") and "/lora_" not in p for p in leaves)
+  entry: dict[str, Any] = {
+    "kind": "dina" if hasattr(config.head, "num_queries") else "drm",
+    "config": config_to_dict(config),
+    "stored_backbone": config_to_dict(config.backbone) if own_backbone else None,
+    "scoring": config_to_dict(scoring),
+  }
+  if config.lora is not None:
+    targets, exclude = lora_keymap.peft_names(config.backbone, config.lora)
+    entry["adapter"] = {"target_modules": targets, "exclude_modules": exclude}
+  return entry
 
 
 def to_device(params: Mapping, sharding: Any = None) -> Any:
@@ -430,27 +466,45 @@ def stack_flat(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return weights.flatten(params)
 
 
-def pair_sources(data: ConfigDict) -> tuple[pairs.PairSource, pairs.PairSource]:
+def pair_sources(
+  data: ConfigDict,
+) -> tuple[source_lib.PairSource, source_lib.PairSource]:
   """(training, held-out) pairs of `config.data`.
 
   Raises:
-    ValueError: an unknown kind.
+    ValueError: an unknown kind, or a name without a split.
+    DataError: data that are missing or unusable.
   """
-  if data["kind"] == "folders":
-    folders = data["train"], data["held_out"]
-  elif data["kind"] == "digits":
+  kind, names = data["kind"], (data["train"], data["held_out"])
+  if kind == "digits":
     keys = ("num_train", "num_held_out", "split_seed", "channels")
     keys += ("context_dim", "pooled_dim")
-    folders = digit_pairs.write(
-      data["folder"], data["samples"], **{key: data[key] for key in keys}
+    digit_pairs.write(
+      data["train"],
+      data["held_out"],
+      data["prompts"],
+      data["samples"],
+      **{key: data[key] for key in keys},
     )
-  else:
-    raise ValueError(f"data.kind={data['kind']!r}: use 'folders' or 'digits'")
-  return pairs.PairSource(folders[0]), pairs.PairSource(folders[1])
+  if kind in ("parquet", "digits"):
+    return tuple(
+      parquet.ParquetPairs(name, cache_blocks=data["cache_blocks"]) for name in names
+    )
+  if kind != "tfds":
+    raise ValueError(f"data.kind={kind!r}: use 'parquet', 'tfds' or 'digits'")
+  from lrm_jax.data import tfds_pairs  # a second to import, and rarely needed
+
+  sources = []
+  for key, name in zip(("train", "held_out"), names, strict=True):
+    folder, separator, split = name.rpartition(":")
+    if not separator:
+      raise ValueError(f"data.{key}={name!r} must be FOLDER:SPLIT for data.kind='tfds'")
+    sources.append(tfds_pairs.TfdsPairs(folder, split))
+  return tuple(sources)
 
 
 def loss_fn(loss: ConfigDict) -> Callable[..., jax.Array]:
-  """`(r_chosen, r_rejected, sigma) -> (b,)` of `config.loss`.
+  """`(r_chosen, r_rejected, sigma, preference) -> (b,)` of `config.loss`.
 
   Raises:
     ValueError: an unknown name, or options that the loss does not take.
@@ -464,6 +518,11 @@ def loss_fn(loss: ConfigDict) -> Callable[..., jax.Array]:
   if unknown := sorted(set(options) - set(known)):
     raise ValueError(f"loss.{unknown[0]} is not an option of {name}")
   return functools.partial(function, **options)
+
+
+def is_tie_aware(loss: ConfigDict) -> bool:
+  """Whether `config.loss` knows what to do with a tie."""
+  return loss["name"] in losses.TIE_AWARE
 
 
 SIGMA_LOOKUPS = {"nearest": flow.nearest_sigma, "index": flow.indexed_sigma}

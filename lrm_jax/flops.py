@@ -97,3 +97,52 @@ def reward(config: Any, height: int, width: int, l: int) -> int:  # noqa: E741
   if hasattr(config.head, "num_queries"):
     return total + qformer_head(config.head, n, l)
   return total + conv_head(config.head, height, width)
+
+
+def attention(config: Any, n: int, l: int) -> int:  # noqa: E741
+  """The part of `mmdit` that is products of activations, not with weights."""
+  d = config.width
+  dual = sum(i in config.dual_layers for i in range(config.num_layers))
+  return config.num_layers * 4 * (n + l) ** 2 * d + dual * 4 * n * n * d
+
+
+def reward_training(
+  config: Any,
+  height: int,
+  width: int,
+  l: int,  # noqa: E741
+  *,
+  train_backbone: bool,
+) -> int:
+  """Forward and backward of one score, as model FLOPs: no credit for recomputation.
+
+  A trained product costs three forward passes: itself, and the gradients of both its
+  factors. With a frozen backbone the gradients of its weights fall away; attention,
+  which has no weights, still costs three. Adapters are not counted.
+  """
+  n = image_tokens(config.backbone, height, width)
+  backbone = mmdit(config.backbone, n, l)
+  if hasattr(config.head, "num_queries"):
+    head = qformer_head(config.head, n, l)
+  else:
+    head = conv_head(config.head, height, width)
+  if train_backbone:
+    return 3 * (backbone + head)
+  return 2 * backbone + attention(config.backbone, n, l) + 3 * head
+
+
+# Dense bf16 FLOP/s per chip, from the vendors' data sheets, by jax's device_kind.
+_PEAKS = (
+  ("H200", 990e12),
+  ("H100", 990e12),
+  ("A100", 312e12),
+  ("TPU v6 lite", 918e12),  # v6e
+  ("TPU v5 lite", 197e12),  # v5e
+  ("TPU v5", 459e12),  # v5p
+  ("TPU v4", 275e12),
+)
+
+
+def peak(device_kind: str) -> float | None:
+  """A chip's bf16 FLOP/s by its `device_kind`; None where we do not know it."""
+  return next((value for name, value in _PEAKS if name in device_kind), None)

@@ -175,10 +175,21 @@ def save_params(path: pathlib.Path, leaves: Mapping[str, np.ndarray]) -> None:
     save_concurrent_gb=_gigabytes(leaves.values()),
     use_compression=False,
     type_handler_registry=in_place,
+    multiprocessing_options=_alone(),
   )
   tree = _string_keys(weights.unflatten({k: np.asarray(v) for k, v in leaves.items()}))
-  with ocp.Checkpointer(handler) as checkpointer:
+  with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
     checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Orbax would wait for the run's other processes, which do not come here."""
+  if jax.process_count() == 1:
+    return ocp.options.MultiprocessingOptions()
+  this = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"host{this}"
+  )
 
 
 def _gigabytes(leaves: Iterable[np.ndarray]) -> int:
@@ -195,7 +206,9 @@ def load_params(path: pathlib.Path) -> dict:
   if not path.is_dir():
     raise FolderError(f"{path} is missing: the model folder is incomplete")
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    options = _alone()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
       item = checkpointer.metadata(path.absolute()).item_metadata
       if item is None:
         raise ValueError("its metadata is missing or truncated")

@@ -1,7 +1,9 @@
 """Preference losses on pairs of scores, per example and in float32.
 
-Each takes `r_chosen`, `r_rejected` and `sigma`, all (b,), and returns (b,); a loss
-that does not depend on the noise level ignores it. The caller averages.
+Each takes `r_chosen`, `r_rejected`, `sigma` and `preference`, all (b,), and returns
+(b,); what a loss does not depend on it ignores. The caller averages. `preference` is
+the probability that the first score's side is preferred: 1, or 0.5 for a tie, which
+only the losses of TIE_AWARE understand.
 """
 
 import jax
@@ -13,10 +15,15 @@ _P_EPS = 1e-6  # inside the root of the fidelity loss, as in DiNa-LRM
 
 
 def bradley_terry(
-  r_chosen: ArrayLike, r_rejected: ArrayLike, sigma: ArrayLike, *, margin: float = 0.0
+  r_chosen: ArrayLike,
+  r_rejected: ArrayLike,
+  sigma: ArrayLike,
+  preference: ArrayLike = 1.0,
+  *,
+  margin: float = 0.0,
 ) -> jax.Array:
   """`-log sigmoid(r+ - r- - margin)`."""
-  del sigma
+  del sigma, preference
   return -jax.nn.log_sigmoid(_gap(r_chosen, r_rejected) - margin)
 
 
@@ -24,6 +31,7 @@ def thurstone(
   r_chosen: ArrayLike,
   r_rejected: ArrayLike,
   sigma: ArrayLike,
+  preference: ArrayLike = 1.0,
   *,
   noise_scale: float = 2.0,
   base_var: float = 0.05,
@@ -33,16 +41,39 @@ def thurstone(
   `var = noise_scale sigma^2 + base_var`, `p = Phi((r+ - r-) / sqrt(2 var + 1e-6))`,
   `1 - sqrt(p + 1e-6)`.
   """
+  del preference
   var = noise_scale * jnp.asarray(sigma, jnp.float32) ** 2 + base_var
   return _fidelity(_gap(r_chosen, r_rejected), var)
 
 
 def thurstone_constant(
-  r_chosen: ArrayLike, r_rejected: ArrayLike, sigma: ArrayLike, *, var: float = 0.5
+  r_chosen: ArrayLike,
+  r_rejected: ArrayLike,
+  sigma: ArrayLike,
+  preference: ArrayLike = 1.0,
+  *,
+  var: float = 0.5,
 ) -> jax.Array:
   """The same with one variance at every noise level."""
-  del sigma
+  del sigma, preference
   return _fidelity(_gap(r_chosen, r_rejected), jnp.float32(var))
+
+
+def pairwise_cross_entropy(
+  r_chosen: ArrayLike,
+  r_rejected: ArrayLike,
+  sigma: ArrayLike,
+  preference: ArrayLike = 1.0,
+) -> jax.Array:
+  """Cross-entropy of the softmax over the two scores with the preference (LRM).
+
+  `-p log sigmoid(r+ - r-) - (1 - p) log sigmoid(r- - r+)`: for p = 1 Bradley-Terry; a
+  tie, p = 0.5, is least (log 2) where the scores are equal.
+  """
+  del sigma
+  gap = _gap(r_chosen, r_rejected)
+  p = jnp.asarray(preference, jnp.float32)
+  return -p * jax.nn.log_sigmoid(gap) - (1 - p) * jax.nn.log_sigmoid(-gap)
 
 
 def _gap(r_chosen: ArrayLike, r_rejected: ArrayLike) -> jax.Array:
@@ -60,4 +91,6 @@ LOSSES = {
   "bradley_terry": bradley_terry,
   "thurstone": thurstone,
   "thurstone_constant": thurstone_constant,
+  "pairwise_cross_entropy": pairwise_cross_entropy,
 }
+TIE_AWARE = ("pairwise_cross_entropy",)

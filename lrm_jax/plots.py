@@ -1,6 +1,6 @@
 """The few figures of the reports."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import os
 
 import numpy as np
@@ -15,37 +15,72 @@ def accuracy_vs_sigma(
   path: str | os.PathLike,
   curves: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
   *,
+  ensembles: Mapping[str, tuple[float, float, float]] | None = None,
   title: str = "Held-out pair accuracy against noise level",
 ) -> None:
   """Saves a PNG of accuracy over noise level, one line with error bars per curve.
 
-  `curves[name] = (sigmas, acc, lo, hi)` with accuracies and interval bounds in
-  [0, 1], as from `metrics.accuracy_table`.
+  Args:
+    curves: name -> (sigmas, acc, lo, hi) with accuracies and interval bounds in
+      [0, 1], as from `metrics.accuracy_table`; a bound that is NaN draws no bar. No
+      sigmas at all draw no line.
+    ensembles: name -> (acc, lo, hi) of noise levels taken together; drawn to the right
+      of all noise levels, in the colour of the curve of that name.
+
+  Raises:
+    ValueError: columns that differ in length, nothing to draw.
   """
-  figure, axes = _new_figure()
-  # A small sideways step keeps the bars of neighbouring curves apart.
-  middle = (len(curves) - 1) / 2
-  for i, (name, columns) in enumerate(curves.items()):
-    sigmas, acc, lo, hi = (np.asarray(column, float) for column in columns)
-    if not len(sigmas) == len(acc) == len(lo) == len(hi) > 0:
+  ensembles = ensembles or {}
+  names = list(dict.fromkeys([*curves, *ensembles]))
+  columns = {
+    name: tuple(np.asarray(column, float) for column in curve)
+    for name, curve in curves.items()
+  }
+  for name, (sigmas, acc, lo, hi) in columns.items():
+    if not len(sigmas) == len(acc) == len(lo) == len(hi):
       raise ValueError(f"curve {name!r}: sigmas, acc, lo and hi differ in length")
-    axes.errorbar(
-      sigmas + 0.004 * (i - middle),
-      100 * acc,
-      # Bounds may miss the estimate by a rounding error; a bar is never negative.
-      yerr=100 * np.maximum([acc - lo, hi - acc], 0),
-      label=name,
-      color=_COLOURS[i % len(_COLOURS)],
-      marker=_MARKERS[i % len(_MARKERS)],
-      markersize=5,
-      linewidth=1.6,
-      elinewidth=1,
-      capsize=2.5,
-    )
+  everywhere = np.concatenate([np.zeros(0), *(c[0] for c in columns.values())])
+  if not len(everywhere) and not ensembles:
+    raise ValueError("no accuracies to draw")
+  figure, axes = _new_figure()
+  right = (everywhere.max() + 0.08) if len(everywhere) else 0.0
+  # A small sideways step keeps the bars of neighbouring curves apart.
+  middle = (len(names) - 1) / 2
+  for i, name in enumerate(names):
+    style = dict(color=_COLOURS[i % len(_COLOURS)], elinewidth=1, capsize=2.5)
+    label = name
+    if name in columns and len(columns[name][0]):
+      sigmas, acc, lo, hi = columns[name]
+      axes.errorbar(
+        sigmas + 0.004 * (i - middle),
+        100 * acc,
+        yerr=_bars(acc, lo, hi),
+        label=label,
+        marker=_MARKERS[i % len(_MARKERS)],
+        markersize=5,
+        linewidth=1.6,
+        **style,
+      )
+      label = None  # once per name
+    if name in ensembles:
+      acc, lo, hi = (np.array([value], float) for value in ensembles[name])
+      axes.errorbar(
+        [right + 0.008 * (i - middle)],
+        100 * acc,
+        yerr=_bars(acc, lo, hi),
+        label=label,
+        marker="*",
+        markersize=9,
+        linestyle="none",
+        **style,
+      )
+  if ensembles:
+    ticks = [t for t in axes.get_xticks() if 0 <= t < right - 0.05]
+    axes.set_xticks([*ticks, right], [*(f"{t:g}" for t in ticks), "ensemble"])
   axes.axhline(50, color="0.45", linestyle="--", linewidth=1)
   axes.annotate(
     "chance",
-    (0.995, 50),
+    (0.6 if ensembles else 0.995, 50),
     xycoords=("axes fraction", "data"),
     xytext=(0, 3),
     textcoords="offset points",
@@ -94,6 +129,93 @@ def loss_curve(
   figure.savefig(path, format="png")
 
 
+def score_histograms(
+  path: str | os.PathLike,
+  panels: Mapping[str, tuple[ArrayLike, ArrayLike]],
+  *,
+  title: str = "",
+  num_bins: int = 40,
+) -> None:
+  """Saves a PNG with the scores of preferred and of other images, a panel per level.
+
+  `panels[level] = (chosen (n), rejected (n))`; both are drawn as shares of n.
+
+  Raises:
+    ValueError: no panels, a panel without scores, scores that are not finite.
+  """
+  figure, grid = _new_grid(len(panels))
+  for axes, (name, sides) in zip(grid, panels.items(), strict=True):
+    chosen, rejected = (np.asarray(side, float) for side in sides)
+    both = np.concatenate([chosen, rejected])
+    if not len(chosen) == len(rejected) > 0 or not np.isfinite(both).all():
+      raise ValueError(
+        f"panel {name!r}: {len(chosen)} and {len(rejected)} scores, which must be as "
+        "many, not none, and finite"
+      )
+    edges = np.histogram_bin_edges(both, num_bins)
+    for side, label, colour in (
+      (chosen, "preferred", _COLOURS[0]),
+      (rejected, "other", _COLOURS[1]),
+    ):
+      share = np.full(len(side), 100 / len(side))
+      axes.hist(side, edges, weights=share, color=colour, alpha=0.35)
+      axes.hist(side, edges, weights=share, color=colour, histtype="step", label=label)
+    axes.set_title(name, loc="left", fontsize=9)
+    axes.set_xlabel("score")
+    axes.set_ylabel("images (%)")
+  grid[0].legend(frameon=False, fontsize=8)
+  figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+  figure.savefig(path, format="png")
+
+
+def reliability(
+  path: str | os.PathLike,
+  panels: Mapping[str, Mapping[str, Sequence[Mapping[str, float | int]]]],
+  *,
+  title: str = "",
+) -> None:
+  """Saves a PNG of accuracy against confidence, a panel per level.
+
+  `panels[level][name]` are the bins `{n, confidence, acc}` of
+  `metrics.probability_scores`, `name` e.g. "before" and "after"; the area of a point
+  goes with its share of the pairs. On the diagonal, confidence is what it claims.
+
+  Raises:
+    ValueError: no panels, a curve without bins.
+  """
+  figure, grid = _new_grid(len(panels))
+  for axes, (level, curves) in zip(grid, panels.items(), strict=True):
+    axes.plot([50, 100], [50, 100], color="0.45", linestyle="--", linewidth=1)
+    for i, (name, bins) in enumerate(curves.items()):
+      if not bins:
+        raise ValueError(f"panel {level!r}, curve {name!r}: no bins")
+      n, confidence, acc = (
+        np.array([b[key] for b in bins], float) for key in ("n", "confidence", "acc")
+      )
+      axes.plot(100 * confidence, 100 * acc, color=_COLOURS[i], linewidth=1.2)
+      axes.scatter(
+        100 * confidence,
+        100 * acc,
+        s=10 + 120 * n / n.sum(),
+        color=_COLOURS[i],
+        marker=_MARKERS[i],
+        label=name,
+        alpha=0.8,
+      )
+    axes.set_title(level, loc="left", fontsize=9)
+    axes.set_xlabel("confidence (%)")
+    axes.set_ylabel("pairs ranked as preferred (%)")
+  grid[0].legend(frameon=False, fontsize=8, loc="upper left")
+  figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+  figure.savefig(path, format="png")
+
+
+def _bars(acc: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+  """(2 n) lengths of error bars in percent, 0 where a bound is NaN."""
+  # Bounds may miss the estimate by a rounding error; a bar is never negative.
+  return 100 * np.nan_to_num(np.maximum([acc - lo, hi - acc], 0))
+
+
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
   """Mean of the last `window` values, of fewer at the start."""
   totals = np.concatenate([[0.0], np.cumsum(values)])
@@ -103,15 +225,28 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _new_figure():
+  """A figure and its axes."""
+  figure, (axes,) = _new_grid(1, size=(6.4, 4.0))
+  return figure, axes
+
+
+def _new_grid(num: int, size: tuple[float, float] | None = None):
+  """A figure with `num` axes, three in a row at most."""
   # Imported here: it takes a second, and most programs draw nothing.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
+  if num < 1:
+    raise ValueError("a figure without panels")
+  across = min(num, 3)
+  down = -(-num // across)
+  size = size or (3.4 * across, 0.4 + 2.8 * down)
   # Without pyplot: no global state, and no display is ever looked for.
-  figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+  figure = Figure(figsize=size, dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
-  axes = figure.add_subplot()
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.grid(True, color="0.9", linewidth=0.8)
-  axes.set_axisbelow(True)
-  return figure, axes
+  grid = [figure.add_subplot(down, across, i + 1) for i in range(num)]
+  for axes in grid:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+  return figure, grid

@@ -4,13 +4,16 @@ A run folder gets `metrics.jsonl` (one flat object per step), TensorBoard events
 `run.json`. One process writes: with several hosts, make a RunLog on process 0 only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorboardX
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class RunLog:
@@ -30,7 +33,9 @@ class RunLog:
   dropped. Without it new steps must come after those already there.
   `total_steps` and `console` control the progress line: it appears once a run has
   taken `quiet_seconds`, in place on a terminal and every 30 s elsewhere, and shows
-  the metric named `console_metric`.
+  the metrics named in `console_metrics` under their last part.
+  `wandb_project` also sends every line to Weights & Biases, if that is installed; a
+  resumed run continues its own.
   """
 
   def __init__(
@@ -40,8 +45,9 @@ class RunLog:
     resume_step: int | None = None,
     total_steps: int | None = None,
     console: bool = True,
-    console_metric: str = "train/loss",
+    console_metrics: Sequence[str] = ("train/loss",),
     quiet_seconds: float | int = 5,
+    wandb_project: str | None = None,
   ):
     self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +63,12 @@ class RunLog:
     # TensorBoard then hides what an earlier run wrote from this step on.
     purge_step = None if resume_step is None else resume_step + 1
     self._board = tensorboardX.SummaryWriter(str(self.folder), purge_step=purge_step)
+    self._wandb = None
+    if wandb_project is not None:
+      self._wandb = _start_wandb(wandb_project, self.folder)
     self._progress = None
     if console:
-      self._progress = _Progress(total_steps, console_metric, quiet_seconds)
+      self._progress = _Progress(total_steps, console_metrics, quiet_seconds)
 
   def log(self, step: int | np.integer, metrics: Mapping[str, Any]) -> None:
     """Writes one step's scalars; the file holds at most one line per step.
@@ -84,6 +93,8 @@ class RunLog:
     self._file.flush()
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(values, step=step)
     self.last_step = step
     if self._progress is not None:
       self._progress.show(step, values)
@@ -93,6 +104,8 @@ class RunLog:
       self._progress.close()
     self._file.close()
     self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
 
   def __enter__(self) -> "RunLog":
     return self
@@ -151,12 +164,121 @@ def write_run_info(
   _write_text(folder / "run.json", json.dumps(info, indent=2) + "\n")
 
 
-class _Progress:
-  """A line such as `step 120/300  train/loss 0.412  8.9 steps/s  20 s left`."""
+def check_same_run(
+  folder: str | os.PathLike, config: Mapping[str, Any], may_change: str
+) -> None:
+  """Compares the config of the run that left its traces in a folder with this one.
 
-  def __init__(self, total_steps: int | None, metric: str, quiet_seconds: float | int):
+  Args:
+    config: a plain nested dict, as for `write_run_info`.
+    may_change: regex of the dotted names of settings in which a run and its
+      continuation may differ; any other would make the result neither run's.
+
+  Raises:
+    ValueError: no run.json, or they differ in more; every difference is listed.
+  """
+  file = pathlib.Path(folder) / "run.json"
+  if not file.is_file():
+    raise ValueError(f"{folder} holds checkpoints but no run.json: whose are they?")
+  try:
+    old = _dotted(json.loads(file.read_text())["config"])
+  except (json.JSONDecodeError, KeyError, TypeError) as e:
+    raise ValueError(f"{file} cannot be read: {e!r}") from e
+  new = _dotted(json.loads(json.dumps(config)))
+  differences = [
+    f"{key}: {old.get(key)} then, {new.get(key)} now"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key) and not re.fullmatch(may_change, key)
+  ]
+  if differences:
+    raise ValueError(
+      f"{folder} holds a run with other settings; choose another workdir or delete "
+      "it\n  " + "\n  ".join(differences)
+    )
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for key, value in values.items():
+    if isinstance(value, Mapping):
+      flat |= _dotted(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+class Throughput:
+  """How fast a run is, between one line of its log and the next.
+
+  What happens inside `untimed()` (compiling, evaluating) does not count.
+  """
+
+  def __init__(self, peak_flops: float | int | None):
+    self._peak = peak_flops  # of all chips together, per second; None: no MFU
+    self._start = time.monotonic()
+    self._images = 0
+    self._flops = 0
+
+  def add(self, images: int, flops: int) -> None:
+    """One step's images and model FLOPs."""
+    self._images += images
+    self._flops += flops
+
+  @contextlib.contextmanager
+  def untimed(self) -> Iterator[None]:
+    begin = time.monotonic()
+    try:
+      yield
+    finally:
+      self._start += time.monotonic() - begin
+
+  def rates(self) -> dict[str, float]:
+    """`perf/images_per_s` and `perf/mfu` (in [0, 1]) since the last call.
+
+    Empty where nothing was added since then.
+    """
+    if not self._images:
+      return {}
+    now = time.monotonic()
+    seconds = max(now - self._start, 1e-9)
+    rates = {"perf/images_per_s": self._images / seconds}
+    if self._peak is not None:
+      rates["perf/mfu"] = self._flops / seconds / self._peak
+    self._start, self._images, self._flops = now, 0, 0
+    return rates
+
+
+def _start_wandb(project: str, folder: pathlib.Path) -> Any:
+  """A Weights & Biases run whose id is kept in the folder, for the continuation."""
+  if importlib.util.find_spec("wandb") is None:
+    raise ValueError(
+      f"wandb_project={project!r} needs Weights & Biases: pip install wandb, or set it "
+      "to None"
+    )
+  wandb = importlib.import_module("wandb")
+  file = folder / "wandb_id"
+  if not file.is_file():
+    _write_text(file, wandb.util.generate_id())
+  return wandb.init(
+    project=project,
+    name=folder.name,
+    dir=str(folder),
+    id=file.read_text(),
+    resume="allow",
+  )
+
+
+class _Progress:
+  """`step 120/300  loss 0.412  acc 0.71  images_per_s 570  20 s left`, on stderr."""
+
+  def __init__(
+    self,
+    total_steps: int | None,
+    metrics: Sequence[str],
+    quiet_seconds: float | int,
+  ):
     self._total = total_steps
-    self._metric = metric
+    self._metrics = tuple(metrics)
     self._quiet = quiet_seconds
     self._in_place = sys.stderr.isatty()
     self._interval = 0.5 if self._in_place else 30.0
@@ -175,8 +297,11 @@ class _Progress:
       return
     self._shown_at = now
     parts = [f"step {step}" if self._total is None else f"step {step}/{self._total}"]
-    if self._metric in values:
-      parts.append(f"{self._metric} {values[self._metric]:.4g}")
+    parts += [
+      f"{name.rsplit('/', 1)[-1]} {values[name]:.4g}"
+      for name in self._metrics
+      if name in values
+    ]
     seconds, steps = now - self._start[0], step - self._start[1]
     if steps > 0 and seconds > 0:
       parts.append(f"{steps / seconds:.3g} steps/s")

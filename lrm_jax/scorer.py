@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from lrm_jax import build, flow, text
+from lrm_jax import build, encoders, flow, text
 from lrm_jax import folder as folder_lib
 from lrm_jax.data import buckets
 from lrm_jax.data import images as images_lib
@@ -60,28 +60,6 @@ def _score(graphdef, params, x, sigma, cond):
 
 def _ensemble(graphdef, params, xs, sigmas, cond):
   return nnx.merge(graphdef, params).ensemble(xs, sigmas, cond)
-
-
-def _encode_image(graphdef, config, params, image, key, ids):
-  """Scaled latents of images; a draw from the posterior with a key, else its mean."""
-  z, logvar = nnx.merge(graphdef, params).encode(image)
-  if key is not None:
-
-    def draw(mean, logvar, i):
-      return vae.sample(mean[None], logvar[None], jax.random.fold_in(key, i))[0]
-
-    z = jax.vmap(draw)(z, logvar, ids)
-  return vae.scale_latents(z, config)
-
-
-def _encode_text(graphdefs, t5_shape, dtype, params, ids):
-  out = {
-    name: nnx.merge(graphdef, params[name])(ids[name])
-    for name, graphdef in graphdefs.items()
-  }
-  if "t5" not in out:
-    out["t5"] = text.no_t5(ids["clip_l"].shape[0], *t5_shape, dtype)
-  return text.embed(out["clip_l"], out["clip_g"], out["t5"])
 
 
 def _batch_rows(n: int, batch_size: int) -> int:
@@ -139,13 +117,6 @@ class Scores:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Text:
-  tokenizers: text.Tokenizers
-  params: Any
-  encode: Callable
-
-
-@dataclasses.dataclass(frozen=True)
 class _Vae:
   config: vae.VAEConfig
   params: Any
@@ -182,7 +153,7 @@ class Scorer:
     self._sigma_table = sigma_table
     self._dtype = dtype
     self._t5_length = t5_length
-    self._text_part: _Text | None = None
+    self._text_part: encoders.TextEncoder | None = None
     self._vae_part: _Vae | None = None
     self._noised_jit = jax.jit(_noised)
     self._score_jit = jax.jit(functools.partial(_score, model.graphdef))
@@ -197,6 +168,7 @@ class Scorer:
     scan_blocks: bool | None = None,
     attention_impl: str = "auto",
     t5_length: int = 256,
+    exact_levels: bool = False,
   ) -> "Scorer":
     """Reads the reward model of a folder and puts it on the default device.
 
@@ -209,6 +181,8 @@ class Scorer:
         a GPU). None: unrolled on a GPU, else scanned.
       attention_impl: `auto`, `xla` or `cudnn`.
       t5_length: tokens of T5 that prompts are padded or cut to, 1 to 512.
+      exact_levels: take every u as the noise level itself, also where the model was
+        published with a lookup.
 
     Raises:
       FolderError: no such folder, or it holds no reward model.
@@ -229,6 +203,8 @@ class Scorer:
       scan_blocks=scan_blocks,
       attention_impl=attention_impl,
     )
+    if exact_levels:
+      scoring = dataclasses.replace(scoring, table=False)
     table = None
     if scoring.table:
       _require(folder, ("scheduler",), "looking up noise levels")
@@ -263,10 +239,10 @@ class Scorer:
   def _encode_distinct(self, prompts: list[str]) -> Iterator[features.Cond]:
     """`encode_prompts` in batches, in order."""
     part = self._text()
-    ids = part.tokenizers.tokenize(prompts, self._t5_length)
+    ids = part.tokenize(prompts)
     for rows, count in _batches(len(prompts), _batch_rows(len(prompts), PROMPT_BATCH)):
       with self._precision():
-        cond = part.encode(part.params, _take(ids, rows))
+        cond = part(_take(ids, rows))
       yield _take(cond, np.arange(count))
 
   def encode_images(
@@ -303,6 +279,23 @@ class Scorer:
       latents.append(out[:count])
     return jnp.concatenate(latents)
 
+  def prepare(
+    self, image: images_lib.ImageLike, *, name: str = "", resize: bool = True
+  ) -> Image.Image:
+    """An image at the size at which `score_images` would score it.
+
+    Args:
+      name: what an error calls an image that is no path.
+
+    Raises:
+      ImageError: it cannot be read, or is too small or too large for the model.
+      FolderError: the folder has no autoencoder.
+    """
+    opened = images_lib.open_image(image)
+    is_path = not isinstance(image, Image.Image)
+    self._target_size(opened, str(image) if is_path else name, resize)
+    return self._prepare(opened, resize)
+
   def free(self, *parts: str) -> None:
     """Lets go of `text` or `vae` parameters, which are read again when needed.
 
@@ -315,6 +308,14 @@ class Scorer:
       setattr(self, f"_{part}_part", None)
 
   # -- scores --
+
+  def sigmas(self, u: Sequence[float]) -> np.ndarray:
+    """(k) noise levels that several u stand for.
+
+    Raises:
+      ValueError: u outside [0, 1], or none.
+    """
+    return self._levels(u)[1]
 
   def score(
     self,
@@ -550,27 +551,14 @@ class Scorer:
       return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
 
-  def _text(self) -> _Text:
+  def _text(self) -> encoders.TextEncoder:
     if self._text_part is None:
       _require(self.folder, ("clip_l", "clip_g", "tokenizers"), "encoding prompts")
-      dtype = build.dtype(self._dtype)
-      models = {
-        name: build.load_clip(self.folder, name, dtype=dtype)
-        for name in ("clip_l", "clip_g")
-      }
-      has_t5 = folder_lib.has(self.folder, "t5")
-      if has_t5:
-        models["t5"] = build.load_t5(self.folder, dtype=dtype)
-      encode = functools.partial(
-        _encode_text,
-        {name: model.graphdef for name, model in models.items()},
-        (self._t5_length, self.config.backbone.context_dim),
-        dtype,
-      )
-      self._text_part = _Text(
-        text.Tokenizers.load(build.tokenizer_folder(self.folder), with_t5=has_t5),
-        build.to_device({name: model.params for name, model in models.items()}),
-        jax.jit(encode),
+      self._text_part = encoders.TextEncoder(
+        self.folder,
+        t5_length=self._t5_length,
+        context_dim=self.config.backbone.context_dim,
+        dtype=self._dtype,
       )
     return self._text_part
 
@@ -578,7 +566,7 @@ class Scorer:
     if self._vae_part is None:
       _require(self.folder, ("vae",), "encoding images")
       model = build.load_vae(self.folder)
-      encode = functools.partial(_encode_image, model.graphdef, model.config)
+      encode = functools.partial(encoders.encode_image, model.graphdef, model.config)
       self._vae_part = _Vae(
         model.config, build.to_device(model.params), jax.jit(encode)
       )
@@ -680,30 +668,37 @@ class Scorer:
     self, images: Sequence[images_lib.ImageLike], resize: bool
   ) -> list[tuple[int, int]]:
     """Opens every image, and says at which size it will be scored."""
-    sizes, multiple = [], self._multiple()
-    largest = multiple * self.config.backbone.pos_embed_size
+    sizes = []
     for i, image in enumerate(images):
       opened = images_lib.open_image(image)
-      try:
-        size = buckets.target_size(
-          opened.height, opened.width, multiple=multiple, resize=resize
-        )
-        if max(size) > largest:
-          raise ValueError(
-            f"it would be scored at {size[0]}x{size[1]} pixels, but the model's "
-            f"position table ends at {largest}: make it smaller"
-          )
-      except ValueError as e:
-        name = f"number {i}" if isinstance(image, Image.Image) else image
-        raise images_lib.ImageError(f"image {name}: {e}") from e
-      sizes.append(size)
+      name = f"number {i}" if isinstance(image, Image.Image) else str(image)
+      sizes.append(self._target_size(opened, name, resize))
     return sizes
+
+  def _target_size(
+    self, image: Image.Image, name: str, resize: bool
+  ) -> tuple[int, int]:
+    multiple = self._multiple
+    largest = multiple * self.config.backbone.pos_embed_size
+    try:
+      size = buckets.target_size(
+        image.height, image.width, multiple=multiple, resize=resize
+      )
+      if max(size) > largest:
+        raise ValueError(
+          f"it would be scored at {size[0]}x{size[1]} pixels, but the model's "
+          f"position table ends at {largest}: make it smaller"
+        )
+    except ValueError as e:
+      raise images_lib.ImageError(f"image {name}: {e}") from e
+    return size
 
   def _prepare(self, image: images_lib.ImageLike, resize: bool) -> Image.Image:
     return buckets.prepare(
-      images_lib.open_image(image), multiple=self._multiple(), resize=resize
+      images_lib.open_image(image), multiple=self._multiple, resize=resize
     )
 
+  @functools.cached_property
   def _multiple(self) -> int:
     """Pixels per patch: 16 for SD3.5. From the config, without loading the VAE."""
     _require(self.folder, ("vae",), "encoding images")

@@ -1,11 +1,12 @@
 """Where arrays live: one mesh, and ordered regex rules over a whole pytree.
 
-Mesh axes: `data` (replicas) and `fsdp` (parameters and optimizer state are split over
-it; batches are split over both). Axes are Auto: the compiler propagates, we constrain
-the train state and the batch only.
+Mesh axes: `data` (replicas), `fsdp` (parameters and optimizer state are split over it;
+batches are split over both), `tensor` (single matrix products are split over it). Axes
+are Auto: the compiler propagates, we constrain the train state and the batch only.
 """
 
 from collections.abc import Sequence
+import math
 import re
 from typing import Any
 
@@ -13,30 +14,49 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-RULES = ("fsdp", "replicate")
+RULES = ("fsdp", "replicate", "column", "row")
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A (data, fsdp) mesh over all devices.
+def make_mesh(
+  fsdp: int = 1, devices: Sequence[jax.Device] | None = None, *, tensor: int = 1
+) -> Mesh:
+  """A (data, fsdp, tensor) mesh over all devices; `data` takes what the others leave.
+
+  Args:
+    fsdp: devices that share one copy of the parameters; -1 for all of them.
+    tensor: devices that share one matrix product.
 
   Raises:
-    ValueError: `fsdp` does not divide the number of devices.
+    ValueError: `fsdp * tensor` does not divide the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  if fsdp < 1 or len(devices) % fsdp:
-    raise ValueError(f"mesh.fsdp={fsdp} must divide the {len(devices)} devices")
+  if tensor < 1 or len(devices) % tensor:
+    raise ValueError(f"mesh.tensor={tensor} must divide the {len(devices)} devices")
+  if fsdp == -1:
+    fsdp = len(devices) // tensor
+  if fsdp < 1 or len(devices) % (fsdp * tensor):
+    raise ValueError(
+      f"mesh.fsdp={fsdp} times mesh.tensor={tensor} must divide the {len(devices)} "
+      "devices"
+    )
   return jax.make_mesh(
-    (len(devices) // fsdp, fsdp),
-    BATCH_AXES,
-    axis_types=(AxisType.Auto, AxisType.Auto),
+    (len(devices) // (fsdp * tensor), fsdp, tensor),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
     devices=devices,
   )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading axis over all devices."""
-  return NamedSharding(mesh, P(BATCH_AXES))
+def batch_size_divisor(mesh: Mesh) -> int:
+  """Batches split into this many parts: the devices that do not share a product."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+  """The batch axis over `data` and `fsdp`; `leading` axes before it are not split."""
+  return NamedSharding(mesh, P(*([None] * leading), BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -55,7 +75,10 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]]) -> Any:
 
   `fsdp` splits the largest axis that the mesh's fsdp size divides (never the leading
   layer axis of stacked blocks, which a scan slices) and replicates what has none;
-  `replicate` copies.
+  `replicate` copies. `column` and `row` are Megatron's two halves of a pair of matrix
+  products (Shoeybi et al. 2019): the last, or the last but one, axis of a matrix over
+  `tensor`, and the largest other axis as `fsdp` does. A vector under `row` belongs to
+  the sum of the parts and is not split over `tensor`.
 
   Args:
     tree: arrays or ShapeDtypeStructs, e.g. a whole abstract train state.
@@ -67,20 +90,48 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]]) -> Any:
   for pattern, rule in rules:
     if rule not in RULES:
       raise ValueError(f"sharding rule {rule!r} for {pattern!r}: use one of {RULES}")
-  size = mesh.shape["fsdp"]
 
   def place(path, leaf):
     name = path_name(path)
     rule = next((rule for regex, rule in compiled if regex.search(name)), None)
     if rule is None:
       raise ValueError(f"no sharding rule covers {name}")
-    spec = P()
-    if rule == "fsdp" and size > 1:
-      first = 1 if re.search(r"(^|/)blocks/\d+/[a-z]", name) else 0
-      axes = [i for i in range(first, len(leaf.shape)) if leaf.shape[i] % size == 0]
-      if axes:
-        axis = max(axes, key=lambda i: leaf.shape[i])
-        spec = P(*([None] * axis), "fsdp")
-    return NamedSharding(mesh, spec)
+    stacked = re.search(r"(^|/)blocks/\d+/[a-z]", name) is not None
+    first = 1 if stacked else 0
+    spec: list[str | None] = [None] * len(leaf.shape)
+
+    def split(axis_name: str, axes: Sequence[int]):
+      size = mesh.shape[axis_name]
+      fitting = [i for i in axes if leaf.shape[i] % size == 0 and spec[i] is None]
+      if size > 1 and fitting:
+        spec[max(fitting, key=lambda i: leaf.shape[i])] = axis_name
+
+    is_matrix = len(leaf.shape) - first >= 2
+    if rule == "column" and len(leaf.shape) > first:
+      split("tensor", [len(leaf.shape) - 1])
+    if rule == "row" and is_matrix:
+      split("tensor", [len(leaf.shape) - 2])
+    if rule != "replicate":
+      split("fsdp", range(first, len(leaf.shape)))
+    while spec and spec[-1] is None:  # P("fsdp") rather than P("fsdp", None)
+      spec.pop()
+    return NamedSharding(mesh, P(*spec))
 
   return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+  """A host array, the same on every process, as a global array.
+
+  Unlike `jax.device_put` it does not ask all processes to compare their copies.
+  """
+  return jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i])
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Bytes that one device (the first) holds of a tree of placed arrays."""
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    total += math.prod(shape) * leaf.dtype.itemsize
+  return total

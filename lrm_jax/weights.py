@@ -6,6 +6,7 @@ is its keys joined by "/", e.g. `blocks/0/attn/qkv/kernel`.
 """
 
 from collections.abc import Callable, Mapping
+import hashlib
 from typing import Any
 
 from flax import nnx
@@ -53,6 +54,16 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 def shapes(params: Mapping) -> dict[str, tuple[int, ...]]:
   """path -> shape."""
   return {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+
+
+def digest(params: Mapping) -> str:
+  """SHA-256 of all paths, dtypes, shapes and values, as hexadecimal digits."""
+  hashed = hashlib.sha256()
+  for path, leaf in sorted(flatten(params).items()):
+    leaf = np.asarray(leaf)
+    hashed.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
+    hashed.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+  return hashed.hexdigest()
 
 
 def count(params: Mapping) -> int:

@@ -40,6 +40,29 @@ def test_three_percent_of_log_aspect_ratio():
   assert buckets.nearest_bucket(10000, outside) is None
 
 
+def test_a_pair_shares_the_smaller_bucket():
+  assert buckets.pair_size((1024, 1024), (900, 900)) == (1024, 1024)
+  assert buckets.pair_size((1024, 1024), (512, 512)) == (512, 512)
+  assert buckets.pair_size((512, 512), (1024, 1024)) == (512, 512)
+  # Two buckets of one aspect ratio, and two of neighbouring ones (log gap 0.038).
+  assert buckets.pair_size((1344, 896), (1248, 832)) == (1248, 832)
+  assert buckets.pair_size((1152, 832), (1024, 768)) == (1024, 768)
+  assert buckets.pair_size((832, 1152), (768, 1024)) == (768, 1024)
+
+
+def test_pairs_that_share_no_bucket():
+  assert buckets.pair_size((1024, 768), (768, 1024)) is None
+  # An image without a bucket, even beside one of about the same aspect ratio.
+  assert buckets.pair_size((1000, 1032), (1024, 1024)) is None
+  # Within one bucket the aspect ratios may differ by up to 6 %.
+  tall, wide = (round(1024 * math.exp(0.029)), 1024), (1024, round(1024 / 0.9714))
+  assert buckets.pair_size(tall, wide) == (1024, 1024)
+  # With two buckets, by less than 5 %.
+  side = lambda gap: (round(100 * 1152 / math.exp(gap)), 83200)  # noqa: E731
+  assert buckets.pair_size((1152, 832), side(0.0499)) == (1024, 768)
+  assert buckets.pair_size((1152, 832), side(0.0501)) is None
+
+
 def test_small_images_are_not_blown_up():
   assert buckets.target_size(240, 240) == (256, 256)
   assert buckets.target_size(840, 560) == (832, 560)  # its bucket is 1248 x 832

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # import lower levels, and lower steps of its own level.
 LEVELS: tuple[tuple[str, tuple[int, int]], ...] = (
   (r"lrm_jax(\.(models|keymaps|data|align))?", (0, 0)),  # docstrings, the version
-  (r"lrm_jax\.(flops|flow|losses|metrics|sharding)", (0, 0)),
+  (r"lrm_jax\.(flops|flow|hlo|losses|metrics|sharding)", (0, 0)),
   (r"lrm_jax\.keymaps\.engine", (0, 0)),
   (r"lrm_jax\.keymaps\.\w+", (0, 1)),
   (r"lrm_jax\.data\.buckets", (0, 0)),
@@ -26,11 +26,13 @@ LEVELS: tuple[tuple[str, tuple[int, int]], ...] = (
   (r"lrm_jax\.models\.reward", (1, 3)),
   (
     r"lrm_jax\.(align\.\w+|data\.\w+|sample|weights|optim|train_state|checkpoint"
-    r"|folder|text|run_log|plots)",
+    r"|folder|text|run_log|plots|processes|aot|preference|evaluation)",
     (2, 0),
   ),
   (r"lrm_jax\.build", (3, 0)),
-  (r"lrm_jax\.scorer", (3, 1)),
+  (r"lrm_jax\.encoders", (3, 1)),
+  (r"lrm_jax\.scorer", (3, 2)),
+  (r"lrm_jax\.benchmark_scores", (3, 3)),
   (r"lrm_jax\.score", (4, 0)),
   (r"(train|convert|configs|benchmarks)\.\w+", (4, 0)),
   (r"tests\.\w+", (5, 0)),

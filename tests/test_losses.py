@@ -132,3 +132,22 @@ def test_bfloat16_scores_are_compared_in_float32(name):
 def test_table_names_every_loss():
   for name, loss in losses.LOSSES.items():
     assert loss is getattr(losses, name)
+
+
+def test_pairwise_cross_entropy_of_ties_and_of_wins():
+  """LRM: a win is Bradley-Terry's loss; a tie is least where the scores are equal."""
+  gap = jnp.asarray([-3.0, -0.5, 0.0, 0.5, 3.0])
+  zero = jnp.zeros_like(gap)
+  win = losses.pairwise_cross_entropy(gap, zero, zero, jnp.ones_like(gap))
+  np.testing.assert_allclose(win, losses.bradley_terry(gap, zero, zero), rtol=1e-6)
+  tie = losses.pairwise_cross_entropy(gap, zero, zero, jnp.full_like(gap, 0.5))
+  probability = 1 / (1 + np.exp(-np.asarray(gap, np.float64)))
+  want = -0.5 * np.log(probability) - 0.5 * np.log(1 - probability)
+  np.testing.assert_allclose(tie, want, rtol=1e-6)
+  assert int(np.argmin(tie)) == 2 and np.isclose(tie[2], np.log(2))
+  gradient = jax.grad(lambda g: losses.pairwise_cross_entropy(g, 0.0, 0.0, 0.5).sum())(
+    jnp.float32(0.0)
+  )
+  assert float(gradient) == 0.0
+  huge = losses.pairwise_cross_entropy(jnp.float32(-1e4), 0.0, 0.0, 0.5)
+  assert np.isfinite(huge)

@@ -179,7 +179,11 @@ def assert_close(a, b, tol=1e-5):
     assert error <= tol * np.linalg.norm(b[path]), path
 
 
-@pytest.mark.parametrize("flags", [dict(scan_blocks=False), dict(remat=True)], ids=str)
+@pytest.mark.parametrize(
+  "flags",
+  [dict(scan_blocks=False), dict(remat="attention"), dict(remat="full")],
+  ids=str,
+)
 def test_scanned_unrolled_and_remat_agree(flags):
   """Values and gradients."""
   config = dataclasses.replace(

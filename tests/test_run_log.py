@@ -1,6 +1,10 @@
 """The metrics file: one line per step, nothing non-finite, exact after a resume."""
 
+import importlib.machinery
+import importlib.util
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -86,7 +90,7 @@ def test_damaged_file_is_named(tmp_path, text, problem):
 def test_progress_line_shows_loss_speed_and_time_left(tmp_path, capsys, monkeypatch):
   now = [0.0]
   monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
-  with run_log.RunLog(tmp_path, total_steps=100, console_metric="loss") as log:
+  with run_log.RunLog(tmp_path, total_steps=100, console_metrics=("loss",)) as log:
     for step in range(1, 101):
       now[0] += 1.0
       log.log(step, {"loss": 0.25})
@@ -121,8 +125,85 @@ def test_run_info(tmp_path):
     "jaxlib",
     "flax",
     "optax",
+    "orbax-checkpoint",
+    "grain",
     "numpy",
   }
   assert info["git"] is None or len(info["git"]["commit"]) == 40
   with pytest.raises(TypeError):
     run_log.write_run_info(tmp_path, {"fn": len}, seed=7)
+
+
+CONFIG = {"seed": 1, "train": {"lr": 0.1, "num_steps": 5}, "tags": (1, 2)}
+
+
+def test_a_run_is_recognised_by_its_settings(tmp_path):
+  run_log.write_run_info(tmp_path, CONFIG, seed=1)
+  run_log.check_same_run(tmp_path, CONFIG, r"train\.num_steps")
+  longer = {**CONFIG, "train": {"lr": 0.1, "num_steps": 9}}
+  run_log.check_same_run(tmp_path, longer, r"train\.num_steps")
+  other = {**CONFIG, "train": {"lr": 0.2, "num_steps": 9}, "new": 3}
+  with pytest.raises(ValueError) as e:
+    run_log.check_same_run(tmp_path, other, r"train\.num_steps")
+  assert "new: None then, 3 now\n  train.lr: 0.1 then, 0.2 now" in str(e.value)
+  assert "num_steps" not in str(e.value)
+
+
+def test_checkpoints_without_a_run_or_with_a_damaged_one(tmp_path):
+  with pytest.raises(ValueError, match="no run.json"):
+    run_log.check_same_run(tmp_path, CONFIG, "")
+  (tmp_path / "run.json").write_text('{"conf')
+  with pytest.raises(ValueError, match="run.json cannot be read"):
+    run_log.check_same_run(tmp_path, CONFIG, "")
+
+
+def test_throughput_leaves_out_what_is_untimed(monkeypatch):
+  clock = [100.0]
+  monkeypatch.setattr(run_log.time, "monotonic", lambda: clock[0])
+  speed = run_log.Throughput(peak_flops=1000.0)
+  speed.add(images=20, flops=2000)
+  clock[0] += 4
+  with speed.untimed():
+    clock[0] += 60
+  assert speed.rates() == {"perf/images_per_s": 5.0, "perf/mfu": 0.5}
+  assert speed.rates() == {}
+  without_peak = run_log.Throughput(None)
+  without_peak.add(images=3, flops=1)
+  clock[0] += 1
+  assert without_peak.rates() == {"perf/images_per_s": 3.0}
+
+
+def test_wandb_gets_every_line_and_a_resumed_run_its_own(tmp_path, monkeypatch):
+  calls = []
+
+  class Run:
+    def log(self, values, step):
+      calls.append((step, values))
+
+    def finish(self):
+      calls.append("finish")
+
+  def init(**options):
+    calls.append(options["id"])
+    assert options["project"] == "rewards" and options["resume"] == "allow"
+    return Run()
+
+  util = types.SimpleNamespace(generate_id=lambda: f"id{len(calls)}")
+  fake = types.ModuleType("wandb")
+  fake.init, fake.util = init, util
+  fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  for step in (1, 2):
+    with _quiet(tmp_path, wandb_project="rewards") as log:
+      log.log(step, {"loss": 0.5})
+  assert calls == ["id0", (1, {"loss": 0.5}), "finish"] + [
+    "id0",
+    (2, {"loss": 0.5}),
+    "finish",
+  ]
+
+
+def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ValueError, match="pip install wandb"):
+    _quiet(tmp_path, wandb_project="rewards")

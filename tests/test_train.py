@@ -1,122 +1,45 @@
 """Reward training end to end on tiny models: steps, sharding, resuming, saving."""
 
 import copy
-import importlib
 import json
-import sys
+import shutil
 
 import jax
-import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from lrm_jax import build, folder, optim, weights
-from lrm_jax.data import pairs
-from lrm_jax.models import mmdit
-from tests import golden_models, helpers
+from lrm_jax import build, folder, optim, sharding, weights
+from lrm_jax.data import loader, parquet
+from lrm_jax.data import source as source_lib
+from tests import golden_models, helpers, runs
+from tests.runs import config_of, tiny
 
-sys.path.insert(0, str(helpers.GOLDEN.parents[2] / "train"))
-sys.path.insert(0, str(helpers.GOLDEN.parents[2] / "configs"))
-
-import reward as train_reward
+import reward as train_reward  # isort: skip  (tests.runs puts train/ on the path)
 
 ONE = jax.devices()[:1]  # compiles much faster than eight
-SIZE, CHANNELS, TEXT, POOLED = (4, 6), 16, 12, 20
-
-
-def config_of(name: str, *args):
-  return importlib.import_module(name).get_config(*args)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-  """A model folder with a random transformer of 3 blocks."""
-  path = tmp_path_factory.mktemp("base") / "model"
-  config = mmdit.MMDiTConfig(
-    num_layers=3,
-    num_heads=2,
-    head_dim=8,
-    dual_layers=(0,),
-    context_dim=TEXT,
-    pooled_dim=POOLED,
-    pos_embed_size=6,
-    pos_embed_base=6,
-  )
-  model = golden_models.random_model(golden_models.make_mmdit(config))
-  with folder.write_atomically(path, force=False) as out:
-    folder.save_params(out / "transformer", weights.flatten(model.params))
-    entry = {"config": build.config_to_dict(config)}
-    folder.write_config(out, {"components": {"transformer": entry}})
-  return path
+  return runs.make_base(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
 def pair_folders(tmp_path_factory):
-  """Pairs that can be told apart: the chosen latent is shifted."""
-  root = tmp_path_factory.mktemp("pairs")
-  rng = np.random.default_rng(0)
-  for name, count in (("train", 48), ("held_out", 20)):
-    shape = (count, *SIZE, CHANNELS)
-    pairs.write_pairs(
-      root / name,
-      chosen=rng.standard_normal(shape, np.float32) + 0.5,
-      rejected=rng.standard_normal(shape, np.float32) - 0.5,
-      prompt_id=rng.integers(0, 3, count),
-      prompts=("", "a cat", "a dog"),
-      context=rng.standard_normal((3, 5, TEXT), np.float32),
-      pooled=rng.standard_normal((3, POOLED), np.float32),
-    )
-  return root
-
-
-def tiny(name: str, base, pair_folders, workdir):
-  """A full-size recipe with its sizes, and nothing else, made small."""
-  c = config_of(name)
-  c.workdir = str(workdir)
-  c.data.train = str(pair_folders / "train")
-  c.data.held_out = str(pair_folders / "held_out")
-  c.model.base = str(base)
-  c.model.transformer = ""
-  c.model.num_layers = 2
-  c.model.dtype = "float32"
-  c.model.backbone_dtype = "float32"
-  if name == "sd35m":
-    c.model.image_taps = c.model.text_taps = (1, 2)
-    c.model.head.update(width=16, num_heads=2)
-    c.model.lora.update(rank=2, alpha=4.0)
-  else:
-    c.model.head.update(base_channels=4, num_groups=2, hidden=8)
-  c.train.batch_size = 8
-  c.train.num_steps = 4
-  c.train.learning_rate = 1e-2
-  c.train.warmup_steps = 0
-  c.train.log_every = 1
-  c.train.checkpoint_every = 2
-  c.eval.sigmas = (0.1, 0.6)
-  c.eval.batch_size = 8
-  c.eval.every = 4
-  return c
+  return runs.make_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def run_steps(config, num_steps: int, devices=ONE) -> tuple[list[float], object]:
   trainer = train_reward.setup(config, devices)
   source, _ = build.pair_sources(config.data)
-  loader = pairs.make_loader(
-    source,
-    batch_size=config.train.batch_size,
-    seed=0,
-    shuffle=True,
-    num_epochs=None,
-    prompt_dropout=0.0,
-    drop_remainder=True,
-  )
-  key, losses = jax.random.key(1), []
-  for _, host in zip(range(num_steps), loader, strict=False):
-    batch = train_reward.put_batch(host, trainer.batch_sharding)
-    trainer.state, metrics = trainer.train_step(
-      trainer.state, trainer.frozen, batch, key
-    )
-    losses.append(float(metrics["train/loss"]))
+  batches, _ = train_reward.training_batches(trainer, source)
+  stream = loader.device_prefetch(batches, trainer.prepare, depth=1)
+  losses = []
+  for _ in range(num_steps):
+    batch, _ = next(stream)
+    losses.append(float(train_reward._train_step(trainer, batch)["train/loss"]))
   return losses, trainer
 
 
@@ -134,35 +57,19 @@ def run_steps(config, num_steps: int, devices=ONE) -> tuple[list[float], object]
 )
 def test_published_recipes_build_abstractly(name, trained, frozen):
   config = config_of(name)
-  _, graphdef, abstract = train_reward.abstract_params(config)
-  parts = optim.partition(abstract, tuple(config.trainable))
-  assert [weights.count(p) for p in parts] == [trained, frozen]
+  mesh = sharding.make_mesh(config.mesh.fsdp, jax.devices())
+  programs = train_reward.make_programs(config, mesh)
+  assert [weights.count(p) for p in (programs.trained, programs.frozen)] == [
+    trained,
+    frozen,
+  ]
   wanted = build.dtype(config.model.trained_dtype)
-  assert all(leaf.dtype == wanted for leaf in parts[0].values())
+  assert all(leaf.dtype == wanted for leaf in programs.trained.values())
 
-  step = train_reward.make_train_step(
-    graphdef,
-    train_reward.make_tx(config),
-    sigma_fn=build.sigma_fn(config.noise),
-    loss_fn=build.loss_fn(config.loss),
-    shared_noise=config.noise.shared,
-    ema_decay=config.train.ema_decay,
-  )
-  tx = train_reward.make_tx(config)
-  state = jax.eval_shape(
-    lambda p: train_reward.train_state.create(p, tx, use_ema=False), parts[0]
-  )
-  b = config.train.batch_size
-  batch = {
-    "chosen": jax.ShapeDtypeStruct((b, 64, 64, 16), jnp.float32),
-    "rejected": jax.ShapeDtypeStruct((b, 64, 64, 16), jnp.float32),
-    "context": jax.ShapeDtypeStruct((b, 205, 4096), jnp.float32),
-    "pooled": jax.ShapeDtypeStruct((b, 2048), jnp.float32),
-  }
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  new_state, metrics = jax.eval_shape(step, state, parts[1], batch, key)
+  step, args = train_reward.abstract_run(config, mesh)
+  new_state, metrics = jax.eval_shape(step, *args)
   assert jax.tree.map(lambda a: (a.shape, a.dtype), new_state) == jax.tree.map(
-    lambda a: (a.shape, a.dtype), state
+    lambda a: (a.shape, a.dtype), args[0]
   )
   assert metrics["train/loss"].shape == ()
 
@@ -201,7 +108,7 @@ def test_training_learns_and_leaves_the_frozen_part_alone(
   assert np.mean(losses[-8:]) < 0.75 * np.mean(losses[:8]), losses
   for path, leaf in trainer.frozen.items():
     np.testing.assert_array_equal(leaf, before[path])
-  assert trainer.train_step._cache_size() == 1
+  assert trainer.programs.train_step._cache_size() == 2  # one per size
 
 
 @pytest.mark.parametrize(("name", "fsdp"), [("sd35m", 1), ("drm_sd35m", 4)])
@@ -277,11 +184,13 @@ def test_run_resume_and_saved_model(base, pair_folders, tmp_path, capsys):
   trainer = train_reward.setup(config, ONE)
   trainer.state, _ = train_reward.checkpoint.Checkpoints(
     tmp_path / "whole" / "checkpoints", keep=3
-  ).restore(4, trainer.state, trainer.state_shardings)
-  x, sigma, cond = golden_models.random_inputs(model.config.backbone, hw=SIZE)
+  ).restore(4, trainer.state, trainer.programs.state_shardings)
+  x, sigma, cond = golden_models.random_inputs(model.config.backbone, hw=runs.SIZES[0])
   params = optim.join(trainer.state.params, trainer.frozen)
   ours = golden_models._run(model.graphdef, "__call__")(model.params, x, sigma, cond)
-  theirs = golden_models._run(trainer.graphdef, "__call__")(params, x, sigma, cond)
+  theirs = golden_models._run(trainer.programs.graphdef, "__call__")(
+    params, x, sigma, cond
+  )
   np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
@@ -315,7 +224,17 @@ def test_full_fine_tune_saves_its_backbone(base, pair_folders, tmp_path):
     (lambda c: c.mesh.update(fsdp=3), "mesh.fsdp=3"),
     (lambda c: c.update(trainable=(("^head/", "train"),)), "covers backbone/"),
     (lambda c: c.update(sharding=()), "no sharding rule covers"),
-    (lambda c: c.data.update(kind="parquet"), "data.kind='parquet'"),
+    (lambda c: c.data.update(kind="csv"), "data.kind='csv'"),
+    (lambda c: c.data.update(kind="tfds"), "must be FOLDER:SPLIT"),
+    (lambda c: c.data.update(train="nowhere"), "nowhere"),
+    (lambda c: c.data.update(t5_length=128), "were made with 3"),
+    (lambda c: c.data.update(prompts="nowhere"), "nowhere is not a prompt cache"),
+    (lambda c: c.data.update(prompt_dropout=2.0), "prompt_dropout=2.0"),
+    (lambda c: c.data.update(shuffle_window=0), "shuffle_window=0"),
+    (lambda c: c.mesh.update(tensor=3), "mesh.tensor=3"),
+    (lambda c: c.train.update(accumulate=3), "must be a multiple of 3"),
+    (lambda c: c.train.update(accumulate=0), "train.accumulate=0"),
+    (lambda c: c.train.update(keep_checkpoints=0), "keep=0"),
   ],
 )
 def test_impossible_configs_name_the_key(
@@ -342,3 +261,105 @@ def test_divergence_stops_the_run_and_names_the_step(base, pair_folders, tmp_pat
   with pytest.raises(FloatingPointError, match="at step [234]"):
     train_reward.train(config, ONE)
   assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_corrupt_row_group_stops_the_run_and_keeps_what_was_done(
+  base, pair_folders, tmp_path
+):
+  """The run continues where it stopped once the part is repaired."""
+  config = tiny("sd35m", base, pair_folders, tmp_path / "whole")
+  config.train.num_steps = 6
+  config.train.checkpoint_every = 100
+  config.eval.every = 6
+  train_reward.train(config, ONE)
+
+  broken = tmp_path / "pairs"
+  shutil.copytree(pair_folders, broken)
+  part = broken / "train" / "part.parquet"
+  good = part.read_bytes()
+  # The last row group of an epoch's order is not among those of the first step.
+  config.workdir = str(tmp_path / "run")
+  config.data.train = str(broken / "train")
+  order = train_reward.training_batches(
+    train_reward.setup(config, ONE), build.pair_sources(config.data)[0]
+  )[1]
+  source = build.pair_sources(config.data)[0]
+  first = {int(source.block[i]) for i in order.batch(0)}
+  later = next(b for b in range(6) if b not in first)
+  column = pq.ParquetFile(part).metadata.row_group(later).column(7)
+  middle = column.dictionary_page_offset or column.data_page_offset
+  middle += column.total_compressed_size // 2
+  part.write_bytes(good[:middle] + bytes(64) + good[middle + 64 :])
+  with pytest.raises(source_lib.DataError, match="part.parquet.*row group"):
+    train_reward.train(config, ONE)
+  assert not (tmp_path / "run" / "model").exists()
+  part.write_bytes(good)
+  config.data.train = str(broken / "train")
+  train_reward.train(config, ONE)
+  runs.assert_same_run(tmp_path / "whole", tmp_path / "run", 6)
+
+
+def test_a_nan_is_reported_with_its_step_and_never_saved(base, pair_folders, tmp_path):
+  """Also where that step's metrics are not written."""
+  config = tiny("sd35m", base, pair_folders, tmp_path / "run")
+  config.train.learning_rate = 1e30
+  config.train.log_every = 100
+  config.train.checkpoint_every = 4
+  config.eval.every = 100
+  with pytest.raises(FloatingPointError, match="at step [234]: train/loss = "):
+    train_reward.train(config, ONE)
+  assert not any((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_the_best_step_is_kept_and_written(base, pair_folders, tmp_path, monkeypatch):
+  config = tiny("sd35m", base, pair_folders, tmp_path / "run")
+  config.train.num_steps = 5
+  config.train.keep_checkpoints = 1
+  config.eval.every = 1
+  scores = iter([0.1, 0.9, 0.3, 0.2, 0.4])
+  rows = lambda acc: [  # noqa: E731
+    dict(level="sigma=0.1", sigma=0.1, kind="all", n=20, acc=acc, lo=0.0, hi=1.0)
+  ]
+  monkeypatch.setattr(train_reward, "evaluate", lambda *_: rows(next(scores)))
+  train_reward.train(config, ONE)
+  kept = {int(p.name) for p in (tmp_path / "run/checkpoints").glob("[0-9]*")}
+  assert kept == {2, 5}
+  best, last = (
+    weights.flatten(folder.load_params(tmp_path / "run" / name / "reward"))
+    for name in ("best_model", "model")
+  )
+  state = runs.final_state(tmp_path / "run", 2)
+  path = next(p for p in best if "lora_b" in p)
+  np.testing.assert_array_equal(best[path], state[f"['params']['{path}']"])
+  assert np.any(best[path] != last[path])
+
+
+def test_ties_need_a_loss_that_knows_them(base, pair_folders, tmp_path):
+  (tmp_path / "ties").mkdir()
+  records = runs.records(16, preference=0.5)
+  parquet.write_part(tmp_path / "ties" / "a.parquet", records, rows_per_group=8)
+  parquet.write_index(tmp_path / "ties")
+  config = tiny("sd35m", base, pair_folders, tmp_path / "run")
+  config.data.train = str(tmp_path / "ties")
+  with pytest.raises(source_lib.DataError, match="is a tie"):
+    train_reward.train(config, ONE)
+  config.loss = ConfigDict(dict(name="pairwise_cross_entropy"))
+  losses, _ = run_steps(config, 2)
+  assert losses[0] >= np.log(2) - 1e-6  # least where both sides score the same
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_tensor_parallel_gives_the_losses_of_one(tensor, base, pair_folders, tmp_path):
+  config = tiny("drm_sd35m", base, pair_folders, tmp_path)
+  config.mesh.fsdp = 1
+  reference, _ = run_steps(config, 2, ONE)
+  config.mesh.update(fsdp=2, tensor=tensor)
+  config.sharding = (
+    (r"(qkv|up)/", "column"),
+    (r"(out|down)/", "row"),
+    (".*", "fsdp"),
+  )
+  losses, trainer = run_steps(config, 2, jax.devices())
+  np.testing.assert_allclose(losses, reference, rtol=5e-4)
+  leaf = trainer.state.params["backbone/blocks/1/attn/qkv/kernel"]
+  assert leaf.addressable_shards[0].data.size * 2 * tensor == leaf.size

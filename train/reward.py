@@ -3,9 +3,19 @@
   python train/reward.py --config configs/sd35m.py
   python train/reward.py --config configs/quickstart.py --config.train.num_steps=100
 
-Leaves in `workdir`: checkpoints (a rerun continues from the newest), metrics as JSONL
-and TensorBoard, `accuracy.json` and `accuracy.png` (held-out pair accuracy against
-noise level), and the trained model as a model folder (`workdir/model`).
+On several hosts, the same command on each (`--coordinator auto` on TPU pods and Slurm):
+
+  python train/reward.py --config configs/sd35m.py \\
+    --coordinator host0:1234 --num_processes 2 --process_id 0
+
+Without the devices, how the step would fit them (docs/aot.md):
+
+  python train/reward.py --config configs/sd35m.py --aot v5p:4x4x8
+
+Leaves in `workdir`: checkpoints (the same command continues from the newest; SIGTERM
+saves one), metrics as JSONL and TensorBoard, `run.json` (config, versions, commit),
+`accuracy.json` and `accuracy.png` (held-out pair accuracy against noise level), and the
+trained model as a model folder (`model`, and `best_model` where another step was best).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +24,7 @@ import functools
 import json
 import os
 import pathlib
-import re
+import sys
 from typing import Any
 
 from absl import app, flags, logging
@@ -26,11 +36,15 @@ import numpy as np
 import optax
 
 from lrm_jax import (
+  aot,
   build,
   checkpoint,
-  flow,
+  encoders,
+  flops,
   optim,
   plots,
+  preference,
+  processes,
   run_log,
   sharding,
   train_state,
@@ -38,222 +52,151 @@ from lrm_jax import (
 )
 from lrm_jax import folder as folder_lib
 from lrm_jax import metrics as metrics_lib
-from lrm_jax.data import pairs
-from lrm_jax.keymaps import lora as lora_keymap
-from lrm_jax.models import features, reward
+from lrm_jax.data import loader as loader_lib
+from lrm_jax.data import plan as plan_lib
+from lrm_jax.data import prompt_cache
+from lrm_jax.data import source as source_lib
+from lrm_jax.models import attention, reward
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/")
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0, or 'auto' where the cluster knows"
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "processes of this run")
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
+_AOT = flags.DEFINE_string(
+  "aot",
+  None,
+  "compile the step for v5p:4x4x8, v5e:4x4, v6e:4x4, h200, ...; run nothing",
+)
+_AOT_TARGET_CONFIG = flags.DEFINE_string(
+  "aot_target_config", None, "a GPU's description: XLA's GpuTargetConfigProto as text"
+)
+_AOT_OUT = flags.DEFINE_string(
+  "aot_out", None, "also write the report to this JSON file"
+)
 
-
-# --- the two jitted programs -------------------------------------------------------
-
-
-def pair_scores(
-  model: reward.RewardModel,
-  batch: Mapping[str, jax.Array],
-  sigma: jax.Array,
-  noise_key: jax.Array,
-  *,
-  shared_noise: bool,
-  constrain: Callable[[Any], Any] = lambda tree: tree,
-  dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """(r_chosen, r_rejected), each (b,), of one batch at noise levels sigma (b,).
-
-  Both sides run as one batch of 2b, the two of a pair next to each other: a batch
-  split over devices then stays where it is. `constrain` pins that split.
-  """
-  x0 = jnp.stack([batch["chosen"], batch["rejected"]], axis=1).astype(jnp.float32)
-  draws = 1 if shared_noise else 2
-  eps = jax.random.normal(noise_key, (x0.shape[0], draws, *x0.shape[2:]))
-  x = flow.add_noise(x0, jnp.broadcast_to(eps, x0.shape), sigma)
-  x = x.reshape(-1, *x.shape[2:])
-  cond = features.Cond(batch["context"], batch["pooled"])
-  sigma, cond = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), (sigma, cond))
-  scores = model(*constrain((x, sigma, cond)), key=dropout_key)
-  return tuple(scores.reshape(-1, 2).T)
-
-
-def make_train_step(
-  graphdef: nnx.GraphDef,
-  tx: optax.GradientTransformation,
-  *,
-  sigma_fn: Callable[[jax.Array, int], jax.Array],
-  loss_fn: Callable[..., jax.Array],
-  shared_noise: bool,
-  ema_decay: float | None,
-  constrain: Callable[[Any], Any] = lambda tree: tree,
-) -> Callable:
-  """`step(state, frozen, batch, key) -> (state, metrics)`, pure.
-
-  Every random draw comes from `key` folded with the step number, so a resumed run
-  repeats the uninterrupted one.
-  """
-
-  def step(state, frozen, batch, key):
-    keys = jax.random.split(jax.random.fold_in(key, state.step), 3)
-    sigma = sigma_fn(keys[0], batch["chosen"].shape[0])
-
-    def objective(params):
-      model = nnx.merge(graphdef, optim.join(params, frozen))
-      r_chosen, r_rejected = pair_scores(
-        model,
-        batch,
-        sigma,
-        keys[1],
-        shared_noise=shared_noise,
-        constrain=constrain,
-        dropout_key=keys[2],
-      )
-      loss = jnp.mean(loss_fn(r_chosen, r_rejected, sigma))
-      return loss, (r_chosen, r_rejected)
-
-    (loss, scores), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    r_chosen, r_rejected = scores
-    state = train_state.apply_gradients(state, grads, tx, ema_decay=ema_decay)
-    return state, {
-      "train/loss": loss,
-      "train/acc": jnp.mean(r_chosen > r_rejected),
-      "train/score_gap": jnp.mean(r_chosen - r_rejected),
-      "train/score_mean": jnp.mean(jnp.concatenate(scores)),
-      "train/grad_norm": optax.tree.norm(grads),
-    }
-
-  return step
-
-
-def make_eval_step(
-  graphdef: nnx.GraphDef,
-  *,
-  shared_noise: bool,
-  constrain: Callable[[Any], Any] = lambda tree: tree,
-) -> Callable:
-  """`step(params, frozen, batch, sigma (), key) -> (r_chosen, r_rejected)`."""
-
-  def step(params, frozen, batch, sigma, key):
-    model = nnx.merge(graphdef, optim.join(params, frozen))
-    sigma = jnp.broadcast_to(sigma, (batch["chosen"].shape[0],))
-    return pair_scores(
-      model, batch, sigma, key, shared_noise=shared_noise, constrain=constrain
-    )
-
-  return step
+# Settings that may change between a run and its continuation.
+MAY_CHANGE = (
+  r"workdir|wandb_project|eval\..*|mesh\..*|aot\..*|"
+  r"data\.(num_threads|prefetch|cache_blocks)|"
+  r"train\.(num_steps|log_every|checkpoint_every|keep_checkpoints|keep_best)"
+)
+BEST_METRIC = "val/acc"  # the mean over noise levels
 
 
 # --- setting up --------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class Trainer:
-  """Everything a run needs, ready to step.
+class Programs:
+  """A config on a mesh, before anything is allocated.
 
-  `state` and `frozen` live on devices, placed by `state_shardings` and the config's
-  rules; `frozen` is never donated.
+  Attributes:
+    trained, frozen: abstract parameters, path -> ShapeDtypeStruct.
+    state: abstract train state.
+    state_shardings, frozen_shardings: where they live.
+    train_step, eval_step: jitted; see lrm_jax.preference.
   """
 
   config: ConfigDict
+  mesh: jax.sharding.Mesh
+  full: Any
   reward_config: reward.RewardConfig
   graphdef: nnx.GraphDef
-  state: train_state.TrainState
+  trained: dict[str, Any]
   frozen: dict[str, Any]
+  tx: optax.GradientTransformation
+  state: train_state.TrainState
   state_shardings: Any
-  batch_sharding: Any
+  frozen_shardings: Any
+  batch_sharding: jax.sharding.NamedSharding
   train_step: Callable
   eval_step: Callable
 
+  @property
+  def trains_backbone(self) -> bool:
+    """Whether weights of the transformer itself are trained, not only adapters."""
+    return any(p.startswith("backbone/") and "/lora_" not in p for p in self.trained)
 
-def abstract_params(config: ConfigDict) -> tuple[Any, nnx.GraphDef, dict]:
-  """(RewardConfig, graphdef, abstract nested params) of a config; allocates nothing."""
+
+def abstract_params(config: ConfigDict) -> tuple[Any, Any, nnx.GraphDef, dict]:
+  """(full transformer, RewardConfig, graphdef, abstract params); allocates nothing."""
   full = build.full_transformer(config.model)
   reward_config = build.reward_config(config.model, full)
   make = build.reward_factory(config.model, reward_config)
   graphdef, params = weights.abstract(lambda: make(nnx.Rngs(0)))
-  return reward_config, graphdef, params
+  return full, reward_config, graphdef, params
 
 
-def make_tx(config: ConfigDict) -> optax.GradientTransformation:
-  """The optimizer of a config."""
+def make_programs(config: ConfigDict, mesh: jax.sharding.Mesh) -> Programs:
+  """Model, optimizer, placement and jitted steps of a config.
+
+  Raises:
+    ValueError, FolderError: a config or base folder that does not fit; the message
+      names the key.
+  """
+  divisor = sharding.batch_size_divisor(mesh)
+  if config.train.accumulate < 1:
+    raise ValueError(f"train.accumulate={config.train.accumulate} must be 1 or more")
+  for name, size, parts in (
+    ("train", config.train.batch_size, divisor * config.train.accumulate),
+    ("eval", config.eval.batch_size, divisor),
+  ):
+    if size < 1 or size % parts:
+      raise ValueError(
+        f"{name}.batch_size={size} must be a multiple of {parts}, the {divisor} "
+        f"devices that split a batch, times {parts // divisor} micro-batches"
+      )
+  full, reward_config, graphdef, abstract = abstract_params(config)
+  trained, frozen = optim.partition(abstract, tuple(config.trainable))
   schedule = optim.make_schedule(
     config.train.schedule,
     learning_rate=config.train.learning_rate,
     warmup_steps=config.train.warmup_steps,
     num_steps=config.train.num_steps,
   )
-  return optim.make_tx(
+  tx = optim.make_tx(
     schedule,
     weight_decay=config.train.weight_decay,
     clip_norm=config.train.clip_norm,
   )
-
-
-def setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Trainer:
-  """Builds model, optimizer and programs on the config's mesh (of all devices).
-
-  Raises:
-    ValueError, FolderError: a config or base folder that does not fit; the message
-      names the key.
-  """
-  devices = jax.devices() if devices is None else devices
-  fsdp = len(devices) if config.mesh.fsdp == -1 else config.mesh.fsdp
-  mesh = sharding.make_mesh(fsdp, devices)
-  jax.set_mesh(mesh)
-  for name, size in (("train", config.train), ("eval", config.eval)):
-    if size.batch_size % mesh.size:
-      raise ValueError(
-        f"{name}.batch_size={size.batch_size} must be a multiple of the {mesh.size} "
-        "devices"
-      )
-  reward_config, graphdef, abstract = abstract_params(config)
+  state = jax.eval_shape(functools.partial(_create_state, config, tx), trained)
   rules = tuple(config.sharding)
-
-  # Pretrained leaves come from disk; only the others are ever initialised (inside
-  # jit, where what is not returned is not computed either).
-  full = build.full_transformer(config.model)
-  make = build.reward_factory(config.model, reward_config)
-  pretrained = build.base_backbone(config.model, full, reward_config, abstract)
-
-  def init(key):
-    flat = weights.flatten(weights.split(make(nnx.Rngs(key)))[1])
-    return {path: leaf for path, leaf in flat.items() if path not in pretrained}
-
-  key = jax.random.fold_in(jax.random.key(config.seed), 0)
-  placement = sharding.shardings(jax.eval_shape(init, key), mesh, rules)
-  flat = {**pretrained, **jax.jit(init, out_shardings=placement)(key)}
-  flat = jax.device_put(flat, sharding.shardings(flat, mesh, rules))
-
-  trained, frozen = optim.partition(weights.unflatten(flat), tuple(config.trainable))
-  tx = make_tx(config)
-  create = functools.partial(
-    train_state.create, tx=tx, use_ema=config.train.ema_decay is not None
-  )
-  state_shardings = sharding.shardings(jax.eval_shape(create, trained), mesh, rules)
-  # Without out_shardings Adam's moments would come out replicated.
-  state = jax.jit(create, out_shardings=state_shardings)(trained)
-  batch_sharding = sharding.batch_sharding(mesh)
+  state_shardings = sharding.shardings(state, mesh, rules)
   replicated = sharding.replicated(mesh)
+  batch_sharding = sharding.batch_sharding(mesh)
   constrain = functools.partial(
     jax.lax.with_sharding_constraint, shardings=batch_sharding
   )
-  train_step = make_train_step(
+  train_step = preference.make_train_step(
     graphdef,
     tx,
     sigma_fn=build.sigma_fn(config.noise),
     loss_fn=build.loss_fn(config.loss),
+    learning_rate=schedule,
     shared_noise=config.noise.shared,
     ema_decay=config.train.ema_decay,
+    accumulate=config.train.accumulate,
     constrain=constrain,
   )
-  eval_step = make_eval_step(
+  eval_step = preference.make_eval_step(
     graphdef, shared_noise=config.noise.shared, constrain=constrain
   )
-  return Trainer(
+  return Programs(
     config=config,
+    mesh=mesh,
+    full=full,
     reward_config=reward_config,
     graphdef=graphdef,
-    state=state,
+    trained=trained,
     frozen=frozen,
+    tx=tx,
+    state=state,
     state_shardings=state_shardings,
+    frozen_shardings=sharding.shardings(frozen, mesh, rules),
     batch_sharding=batch_sharding,
+    # Without out_shardings Adam's moments would come out replicated.
     train_step=jax.jit(
       train_step, donate_argnums=0, out_shardings=(state_shardings, replicated)
     ),
@@ -261,87 +204,195 @@ def setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Tr
   )
 
 
-def put_batch(batch: Mapping[str, np.ndarray], placement: Any) -> dict[str, jax.Array]:
-  """The model's inputs of a host batch, on the devices."""
-  names = ("chosen", "rejected", "context", "pooled")
-  return {
-    name: jax.make_array_from_process_local_data(placement, batch[name])
-    for name in names
-  }
+def _create_state(config, tx, trained) -> train_state.TrainState:
+  return train_state.create(trained, tx, use_ema=config.train.ema_decay is not None)
+
+
+def initial_state(programs: Programs) -> tuple[train_state.TrainState, dict[str, Any]]:
+  """(train state, frozen parameters) on the devices.
+
+  Pretrained leaves come from disk; only the others are ever initialised (inside jit,
+  where what is not returned is not computed either).
+  """
+  config = programs.config
+  make = build.reward_factory(config.model, programs.reward_config)
+  abstract = {**programs.trained, **programs.frozen}
+  pretrained = build.base_backbone(
+    config.model, programs.full, programs.reward_config, weights.unflatten(abstract)
+  )
+
+  def init(key):
+    flat = weights.flatten(weights.split(make(nnx.Rngs(key)))[1])
+    return {path: leaf for path, leaf in flat.items() if path not in pretrained}
+
+  rules = tuple(config.sharding)
+  places = sharding.shardings(abstract, programs.mesh, rules)
+  key = jax.random.fold_in(jax.random.key(config.seed), 0)
+  fresh = {path: place for path, place in places.items() if path not in pretrained}
+  flat = jax.jit(init, out_shardings=fresh)(key)
+  flat |= {p: sharding.put(leaf, places[p]) for p, leaf in pretrained.items()}
+  trained = {path: flat[path] for path in programs.trained}
+  frozen = {path: flat[path] for path in programs.frozen}
+  create = functools.partial(_create_state, config, programs.tx)
+  state = jax.jit(create, out_shardings=programs.state_shardings)(trained)
+  return state, frozen
+
+
+@dataclasses.dataclass
+class Trainer:
+  """A run in progress. `frozen` is never donated."""
+
+  programs: Programs
+  state: train_state.TrainState
+  frozen: dict[str, Any]
+  text: "Text"
+  key: jax.Array
+
+  @property
+  def config(self) -> ConfigDict:
+    return self.programs.config
+
+  @property
+  def averaged(self) -> dict[str, Any]:
+    """The trained parameters to evaluate and to keep: the EMA where there is one."""
+    return self.state.params if self.state.ema is None else self.state.ema
+
+  def prepare(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A host batch on the devices, with its prompt embeddings."""
+    place = self.programs.batch_sharding
+    return {
+      **loader_lib.put(batch, place, preference.INPUTS),
+      **self.text.on_device(batch, place),
+    }
+
+
+def setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Trainer:
+  """A config's run before its first step, on the config's mesh (of all devices)."""
+  mesh = sharding.make_mesh(config.mesh.fsdp, devices, tensor=config.mesh.tensor)
+  jax.set_mesh(mesh)
+  programs = make_programs(config, mesh)
+  text = Text(config, programs.reward_config.backbone.context_dim, mesh)
+  state, frozen = initial_state(programs)
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  return Trainer(programs, state, frozen, text, key)
+
+
+class Text:
+  """Where a batch's prompt embeddings come from: a cache, or the text encoders.
+
+  With encoders the reading threads tokenize, and the encoding of the next batches is
+  dispatched before the current step: the devices never wait for it on the host.
+  """
+
+  def __init__(self, config: ConfigDict, context_dim: int, mesh: jax.sharding.Mesh):
+    self._encoder: encoders.TextEncoder | None = None
+    data = config.data
+    if data.prompts:
+      cache = prompt_cache.PromptCache(data.prompts)
+      found = cache.settings.t5_length
+      if found != data.t5_length:
+        raise ValueError(
+          f"data.t5_length={data.t5_length}, but the embeddings in data.prompts="
+          f"{data.prompts!r} were made with {found}"
+        )
+      self.fn = loader_lib.cached_text(cache)
+      self.length = cache.settings.context_shape[0]
+      return
+    self._encoder = encoders.TextEncoder(
+      config.model.base,
+      t5_length=data.t5_length,
+      context_dim=context_dim,
+      dtype=config.model.dtype,
+      sharding=sharding.replicated(mesh),
+    )
+    self.length = self._encoder.context_shape[0]
+    self.fn = self._tokenize
+
+  def _tokenize(self, prompts: list[str]) -> dict[str, np.ndarray]:
+    return {f"ids/{k}": v for k, v in self._encoder.tokenize(prompts).items()}
+
+  def on_device(self, batch: Mapping[str, Any], place: Any) -> dict[str, jax.Array]:
+    """`context` and `pooled` of a host batch."""
+    if self._encoder is None:
+      return loader_lib.put(batch, place, ("context", "pooled"))
+    names = [name for name in batch if name.startswith("ids/")]
+    ids = loader_lib.put(batch, place, names)
+    cond = self._encoder({name.removeprefix("ids/"): a for name, a in ids.items()})
+    return {"context": cond.context, "pooled": cond.pooled}
 
 
 # --- evaluation --------------------------------------------------------------------
 
 
-def evaluate(trainer: Trainer, source: pairs.PairSource) -> list[dict[str, Any]]:
+def evaluate(trainer: Trainer, source: source_lib.PairSource) -> list[dict[str, Any]]:
   """Held-out accuracy per noise level and kind of pair: rows of `accuracy_table`.
 
-  The noise of pair i at level s is the same at every evaluation, so that curves over
-  steps compare like with like.
+  Ties count for nothing. The noise of a pair is the same at every evaluation, so that
+  curves over steps compare like with like.
   """
-  config = trainer.config
-  state = trainer.state
-  params = state.params if state.ema is None else state.ema
+  config, programs = trainer.config, trainer.programs
   size = config.eval.batch_size
-  key = jax.random.fold_in(jax.random.key(config.seed), 2)
-  sigmas = tuple(config.eval.sigmas)
-  loader = pairs.make_loader(
-    source,
-    batch_size=size,
-    seed=0,
-    shuffle=False,
-    num_epochs=1,
-    prompt_dropout=0.0,
-    drop_remainder=False,
+  plan = plan_lib.BatchPlan(
+    source.bucket, batch_size=size, seed=0, shuffle=False, num_epochs=1
   )
-  scores: list[list[Any]] = [[] for _ in sigmas]
-  kinds, counts = [], []
-  for i, host in enumerate(loader):
-    count = len(host["kind"])
-    kinds.append(host["kind"])
-    counts.append(count)
-    if count < size:  # pad, so that the last batch does not compile anew
-      host = {k: np.resize(v, (size, *v.shape[1:])) for k, v in host.items()}
-    batch = put_batch(host, trainer.batch_sharding)
-    for s, sigma in enumerate(sigmas):
-      noise_key = jax.random.fold_in(jax.random.fold_in(key, s), i)
-      sigma = jnp.asarray(sigma, jnp.float32)
-      scores[s].append(
-        trainer.eval_step(params, trainer.frozen, batch, sigma, noise_key)
+  batches = loader_lib.make_loader(
+    source,
+    plan,
+    loader_lib.local_rows(programs.batch_sharding, size),
+    text_fn=trainer.text.fn,
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+  )
+  key = jax.random.fold_in(jax.random.key(config.seed), 2)
+  sigmas = tuple(float(s) for s in config.eval.sigmas)
+  results = []
+  for batch, _ in loader_lib.device_prefetch(iter(batches), trainer.prepare, depth=1):
+    results.append(
+      programs.eval_step(
+        trainer.averaged, trainer.frozen, batch, jnp.asarray(sigmas, jnp.float32), key
       )
-  # One transfer at the end: the loop above only dispatches.
-  sides = [
-    np.stack(
-      [
-        np.concatenate([r[side][:n] for r, n in zip(row, counts, strict=True)])
-        for row in jax.device_get(scores)
-      ]
     )
-    for side in (0, 1)
-  ]
+  # One transfer at the end: the loop above only dispatches.
+  results = jax.device_get(results)
+  table = {k: np.concatenate([r[k] for r in results], axis=-1) for k in results[0]}
+  indices = np.concatenate([plan.batch(i) for i in range(plan.num_batches)])
+  counts = (indices != plan_lib.PADDING) & (table["preference"] > source_lib.TIE)
+  if not counts.any():
+    raise ValueError(f"{source.name}: all {len(source)} held-out pairs are ties")
+  sides = table["r_chosen"][:, counts], table["r_rejected"][:, counts]
   return metrics_lib.accuracy_table(
     *sides,
     sigmas=sigmas,
-    kind=np.concatenate(kinds),
+    kind=table["kind"][counts],
     kind_names=source.kind_names,
+    # The mean score over all levels; a head's own ensemble is train/evaluate.py's.
+    ensembles={"mean": tuple(r.mean(axis=0) for r in sides)},
   )
+
+
+def eval_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+  """Rows of `evaluate` as flat metrics, with BEST_METRIC."""
+  levels = [r["acc"] for r in rows if r["kind"] == "all" and r["sigma"] is not None]
+  return metrics_lib.named_accuracies(rows, "val") | {
+    BEST_METRIC: float(np.mean(levels))
+  }
 
 
 def write_report(workdir: pathlib.Path, name: str, rows: list[dict]) -> None:
   """accuracy.json, accuracy.png and a table on stdout."""
   (workdir / "accuracy.json").write_text(json.dumps(rows, indent=2) + "\n")
-  curves = {}
+  curves, table = {}, {}
   for kind in dict.fromkeys(row["kind"] for row in rows):
     mine = [row for row in rows if row["kind"] == kind]
-    curves[kind] = tuple([r[c] for r in mine] for c in ("sigma", "acc", "lo", "hi"))
+    table[kind] = mine
+    levels = [row for row in mine if row["sigma"] is not None]
+    curves[kind] = tuple([r[c] for r in levels] for c in ("sigma", "acc", "lo", "hi"))
   title = f"Held-out pair accuracy against noise level: {name}"
   plots.accuracy_vs_sigma(workdir / "accuracy.png", curves, title=title)
-  print(
-    f"{'held-out accuracy at sigma':28s}"
-    + "".join(f"{s:>8g}" for s in curves["all"][0])
-  )
-  for kind, (_, acc, _, _) in curves.items():
-    print(f"{kind:28s}" + "".join(f"{a:8.3f}" for a in acc))
+  names = ["mean" if r["sigma"] is None else f"{r['sigma']:g}" for r in table["all"]]
+  print(f"{'held-out accuracy at sigma':28s}" + "".join(f"{n:>8s}" for n in names))
+  for kind, mine in table.items():
+    print(f"{kind:28s}" + "".join(f"{row['acc']:8.3f}" for row in mine))
 
 
 # --- saving ------------------------------------------------------------------------
@@ -352,32 +403,24 @@ def save_model(trainer: Trainer, path: pathlib.Path) -> None:
 
   Where the backbone itself was not trained only adapters and head are written.
   """
-  config, state = trainer.config, trainer.state
-  trained = state.params if state.ema is None else state.ema
-  flat = weights.flatten(optim.join(trained, trainer.frozen))
-  backbone_trained = config.model.init == "random" or any(
-    p.startswith("backbone/") and "/lora_" not in p for p in trained
-  )
-  if not backbone_trained:
-    flat = {p: a for p, a in flat.items() if p in trained or p.startswith("head/")}
-  leaves = {p: np.asarray(a) for p, a in flat.items()}
-  if not config.model.scan_blocks:
-    leaves = build.stack_flat(leaves)
-  entry: dict[str, Any] = {
-    "kind": "dina" if config.model.head.type == "QFormerHeadConfig" else "drm",
-    "config": build.config_to_dict(trainer.reward_config),
-    "stored_backbone": (
-      build.config_to_dict(trainer.reward_config.backbone) if backbone_trained else None
-    ),
-    "scoring": build.config_to_dict(build.config_from_dict(config.scoring.to_dict())),
-  }
-  if trainer.reward_config.lora is not None:
-    targets, exclude = lora_keymap.peft_names(
-      trainer.reward_config.backbone, trainer.reward_config.lora
-    )
-    entry["adapter"] = {"target_modules": targets, "exclude_modules": exclude}
+  config, programs = trainer.config, trainer.programs
+  leaves = {**trainer.averaged, **trainer.frozen}
+  if config.model.init != "random" and not programs.trains_backbone:
+    leaves = {
+      p: a for p, a in leaves.items() if p in trainer.averaged or p.startswith("head/")
+    }
+  # Leaf by leaf: no device ever holds a whole model that is split over many.
+  host = {p: processes.to_host(a) for p, a in leaves.items()}
+  if not processes.is_main():
+    return
   with folder_lib.write_atomically(path, force=True) as out:
-    folder_lib.save_params(out / "reward", leaves)
+    entry = build.save_reward(
+      out,
+      host,
+      programs.reward_config,
+      build.config_from_dict(config.scoring.to_dict()),
+      stacked=config.model.scan_blocks,
+    )
     folder_lib.write_config(
       out,
       {
@@ -390,114 +433,366 @@ def save_model(trainer: Trainer, path: pathlib.Path) -> None:
 
 # --- the run -----------------------------------------------------------------------
 
-# Settings that may change between a run and its continuation; any other would make
-# the result neither the old run's nor the new one's.
-MAY_CHANGE = re.compile(
-  r"workdir|eval\..*|mesh\..*|"
-  r"train\.(num_steps|log_every|checkpoint_every|keep_checkpoints)"
-)
 
+def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> bool:
+  """Trains to `train.num_steps`, continuing from the newest checkpoint if any.
 
-def check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Compares the config of the run that left checkpoints in `workdir` with this one.
-
-  Raises:
-    ValueError: they differ in more than MAY_CHANGE; every difference is listed.
+  Returns: whether the run is complete; False if a signal ended it early, after saving.
   """
-  info = workdir / "run.json"
-  if not info.is_file():
-    raise ValueError(f"{workdir} holds checkpoints but no run.json: whose are they?")
-  old = weights.flatten(json.loads(info.read_text())["config"])
-  new = weights.flatten(json.loads(json.dumps(config.to_dict())))
-  old, new = ({k.replace("/", "."): v for k, v in c.items()} for c in (old, new))
-  differences = [
-    f"{key}: {old.get(key)} then, {new.get(key)} now"
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and not MAY_CHANGE.fullmatch(key)
-  ]
-  if differences:
-    raise ValueError(
-      f"{workdir} holds a run with other settings; choose another workdir or delete "
-      "it\n  " + "\n  ".join(differences)
-    )
-
-
-def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> None:
-  """Trains to `train.num_steps`, continuing from the newest checkpoint if any."""
   workdir = pathlib.Path(config.workdir)
   trainer = setup(config, devices)
   source, held_out = build.pair_sources(config.data)
-  loader = iter(
-    pairs.make_loader(
-      source,
-      batch_size=config.train.batch_size,
-      seed=config.seed,
-      shuffle=True,
-      num_epochs=None,
-      prompt_dropout=config.data.prompt_dropout,
-      drop_remainder=True,
-    )
-  )
   with checkpoint.Checkpoints(
-    workdir / "checkpoints", keep=config.train.keep_checkpoints
+    workdir / "checkpoints",
+    keep=config.train.keep_checkpoints,
+    keep_best=config.train.keep_best,
+    best_metric=BEST_METRIC,
   ) as checkpoints:
+    checkpoints.check_space(trainer.state)
     if checkpoints.latest is not None:
-      check_same_run(workdir, config)
-    run_log.write_run_info(workdir, config.to_dict(), seed=config.seed)
-    rows = run(trainer, loader, held_out, checkpoints, workdir)
-  save_model(trainer, workdir / "model")
-  write_report(workdir, workdir.name, rows)
-  print(f"wrote {workdir}/model, accuracy.json, accuracy.png, metrics.jsonl")
+      run_log.check_same_run(workdir, config.to_dict(), MAY_CHANGE)
+    if processes.is_main():
+      run_log.write_run_info(
+        workdir,
+        config.to_dict(),
+        seed=config.seed,
+        extra={
+          "devices": [jax.device_count(), jax.devices()[0].device_kind],
+          "processes": jax.process_count(),
+          "command": sys.argv,
+        },
+      )
+    with processes.StopSignal() as stop:
+      rows = run(trainer, source, held_out, checkpoints, workdir, stop)
+    if rows is None:
+      print(
+        f"stopped by a signal at step {checkpoints.latest} of "
+        f"{config.train.num_steps}; the same command continues"
+      )
+      return False
+    save_model(trainer, workdir / "model")
+    best = checkpoints.best
+    if best is not None and best != config.train.num_steps:
+      trainer.state, _ = checkpoints.restore(
+        best, trainer.state, trainer.programs.state_shardings
+      )
+      save_model(trainer, workdir / "best_model")
+      print(f"best was step {best}: {workdir}/best_model")
+  if processes.is_main():
+    write_report(workdir, workdir.name, rows)
+    print(f"wrote {workdir}/model, accuracy.json, accuracy.png, metrics.jsonl")
+  return True
 
 
 def run(
   trainer: Trainer,
-  loader: Any,
-  held_out: pairs.PairSource,
+  source: source_lib.PairSource,
+  held_out: source_lib.PairSource,
   checkpoints: checkpoint.Checkpoints,
   workdir: pathlib.Path,
-) -> list[dict]:
-  """All steps from the newest checkpoint on. Returns the last evaluation's rows."""
-  config = trainer.config
+  stop: processes.StopSignal,
+) -> list[dict] | None:
+  """All steps from the newest checkpoint on.
+
+  Returns: the last evaluation's rows; None if `stop` ended the run early.
+  """
+  config, programs = trainer.config, trainer.programs
   num_steps = config.train.num_steps
+  batches, plan = training_batches(trainer, source)
   start = checkpoints.latest or 0
   if start:
-    trainer.state, data_state = checkpoints.restore(
-      start, trainer.state, trainer.state_shardings
+    trainer.state, extra = checkpoints.restore(
+      start, trainer.state, programs.state_shardings
     )
-    loader.set_state(data_state)
-    print(f"continuing {workdir} from step {start}")
-  print(
-    f"reward model: {weights.count(trainer.state.params):,} trained and "
-    f"{weights.count(trainer.frozen):,} frozen parameters; {len(held_out):,} held-out "
-    f"pairs; {jax.device_count()} device(s)"
+    batches.set_state(extra["data"])
+    trainer.key = jax.random.wrap_key_data(np.asarray(extra["key"], np.uint32))
+  say = print if processes.is_main() else (lambda *_: None)
+  if start:
+    say(f"continuing {workdir} from step {start}")
+  say(
+    f"reward model: {weights.count(programs.trained):,} trained and "
+    f"{weights.count(programs.frozen):,} frozen parameters; {jax.device_count()} "
+    f"device(s) in {jax.process_count()} process(es)\n"
+    f"data: {len(source):,} pairs in {len(source.latent_shapes)} bucket(s), "
+    f"{num_steps:,} steps are {num_steps * plan.batch_size / len(source):.3g} epoch(s);"
+    f" {len(held_out):,} held-out pairs"
   )
-  key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  peak = flops.peak(jax.devices()[0].device_kind)
+  speed = run_log.Throughput(None if peak is None else peak * jax.device_count())
+  key_data = np.asarray(jax.random.key_data(trainer.key)).tolist()
+  seen_shapes: set[tuple[int, ...]] = set()
   rows: list[dict] = []
-  with run_log.RunLog(workdir, resume_step=start, total_steps=num_steps) as log:
-    pending: tuple[int, dict] | None = None
+  log = Log(trainer, workdir, start, speed)
+
+  def save(step: int, data_state: dict, metrics: Mapping[str, float] | None = None):
+    log.flush()  # a state that came from NaN must not become a checkpoint
+    checkpoints.save(
+      step, trainer.state, {"data": data_state, "key": key_data}, metrics
+    )
+
+  with log:
+    data_state, step = batches.get_state(), start
+    stream = loader_lib.device_prefetch(
+      batches, trainer.prepare, depth=config.data.device_prefetch
+    )
     for step in range(start + 1, num_steps + 1):
-      batch = put_batch(next(loader), trainer.batch_sharding)
-      trainer.state, metrics = trainer.train_step(
-        trainer.state, trainer.frozen, batch, key
-      )
-      # Fetching the previous step's metrics leaves the device one step ahead.
-      if pending is not None:
-        log.log(*pending)
-        pending = None
+      try:
+        batch, data_state = next(stream)
+      except source_lib.DataError:
+        # Nothing that was computed is lost. Other processes cannot join in saving.
+        if step > start + 1 and jax.process_count() == 1:
+          save(step - 1, data_state)
+        raise
+      shape = batch["chosen"].shape
+      if shape in seen_shapes:
+        metrics = _train_step(trainer, batch)
+      else:
+        seen_shapes.add(shape)
+        with speed.untimed():  # compiles
+          metrics = _train_step(trainer, batch)
+      speed.add(2 * shape[0], 2 * shape[0] * _flops_per_image(trainer, shape))
       last = step == num_steps
       evaluated = step % config.eval.every == 0 or last
+      log.step(step, metrics, now=evaluated or step % config.train.log_every == 0)
+      scores = None
       if evaluated:
-        rows = evaluate(trainer, held_out)
-        metrics |= metrics_lib.named_accuracies(rows, "val")
-      if step % config.train.log_every == 0 or evaluated:
-        pending = step, metrics
-      if step % config.train.checkpoint_every == 0 or last:
-        checkpoints.save(step, trainer.state, loader.get_state())
-    if pending is not None:
-      log.log(*pending)
+        log.flush(write=False)
+        with speed.untimed():
+          rows = evaluate(trainer, held_out)
+        scores = eval_metrics(rows)
+        log.add(scores)
+      stopping = stop.requested(step)
+      best_wanted = evaluated and config.train.keep_best > 0
+      if step % config.train.checkpoint_every == 0 or last or stopping or best_wanted:
+        save(step, data_state, scores)
+      if stopping and not last:
+        checkpoints.wait()
+        return None
   # Nothing was left to train: report what the checkpoint holds.
   return rows or evaluate(trainer, held_out)
+
+
+def training_batches(
+  trainer: Trainer, source: source_lib.PairSource
+) -> tuple[Any, plan_lib.BatchPlan]:
+  """This process's iterator over training batches, and the plan they follow."""
+  data, size = trainer.config.data, trainer.config.train.batch_size
+  plan = plan_lib.BatchPlan(
+    source.bucket,
+    source.block,
+    batch_size=size,
+    seed=trainer.config.seed,
+    reshuffle=data.reshuffle,
+    window=data.shuffle_window,
+  )
+  dataset = loader_lib.make_loader(
+    source,
+    plan,
+    loader_lib.local_rows(trainer.programs.batch_sharding, size),
+    text_fn=trainer.text.fn,
+    seed=trainer.config.seed,
+    prompt_dropout=data.prompt_dropout,
+    allow_ties=build.is_tie_aware(trainer.config.loss),
+    num_threads=data.num_threads,
+    prefetch=data.prefetch,
+  )
+  return iter(dataset), plan
+
+
+def _train_step(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+  trainer.state, metrics = trainer.programs.train_step(
+    trainer.state, trainer.frozen, batch, trainer.key
+  )
+  return metrics
+
+
+def _flops_per_image(trainer: Trainer, shape: tuple[int, ...]) -> int:
+  return flops.reward_training(
+    trainer.programs.reward_config,
+    shape[1],
+    shape[2],
+    trainer.text.length,
+    train_backbone=trainer.programs.trains_backbone,
+  )
+
+
+class Log:
+  """The run's metrics, fetched one step late so that the devices never wait.
+
+  Every step's loss is checked when it is fetched, also where nothing is written, so
+  that a NaN is reported with the step it came from.
+  """
+
+  def __init__(
+    self,
+    trainer: Trainer,
+    workdir: pathlib.Path,
+    start: int,
+    speed: run_log.Throughput,
+  ):
+    config = trainer.config
+    self._speed = speed
+    self._unchecked: list[tuple[int, jax.Array, jax.Array]] = []
+    self._pending: tuple[int, dict[str, Any]] | None = None
+    self._log = None
+    if processes.is_main():
+      self._log = run_log.RunLog(
+        workdir,
+        resume_step=start,
+        total_steps=config.train.num_steps,
+        console_metrics=(
+          "train/loss",
+          "train/acc",
+          "perf/images_per_s",
+          "perf/mfu",
+        ),
+        wandb_project=config.wandb_project,
+      )
+
+  def step(self, step: int, metrics: Mapping[str, jax.Array], *, now: bool) -> None:
+    """Notes a step's metrics; `now`: they are to be written (at the next flush)."""
+    if self._pending is not None:
+      self.flush()
+    self._unchecked.append((step, metrics["train/loss"], metrics["train/grad_norm"]))
+    if now:
+      self._pending = step, dict(metrics)
+
+  def add(self, metrics: Mapping[str, float]) -> None:
+    """More metrics of the step that is to be written."""
+    self._pending[1].update(metrics)
+
+  def flush(self, *, write: bool = True) -> None:
+    """Fetches, checks and writes what is there.
+
+    Raises:
+      FloatingPointError: NaN or infinity, with the step.
+    """
+    unchecked, self._unchecked = self._unchecked, []
+    for step, loss, norm in jax.device_get(unchecked):
+      if not (np.isfinite(loss) and np.isfinite(norm)):
+        raise FloatingPointError(
+          f"at step {step}: train/loss = {loss}, train/grad_norm = {norm}; checkpoints "
+          "are from before. Lower train.learning_rate or train.clip_norm, or look at "
+          "the data of this step"
+        )
+    if self._pending is not None and write:
+      (step, metrics), self._pending = self._pending, None
+      metrics = jax.device_get(metrics) | self._speed.rates()
+      if self._log is not None:
+        self._log.log(step, metrics)
+
+  def __enter__(self) -> "Log":
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    try:
+      if kind is None:
+        self.flush()
+    finally:
+      if self._log is not None:
+        self._log.close()
+
+
+# --- without the devices -----------------------------------------------------------
+
+
+def abstract_run(
+  config: ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[Callable, tuple[Any, ...]]:
+  """(jitted train step, its arguments as ShapeDtypeStructs on the mesh).
+
+  The batch has the shapes of `config.aot`: pixels, text tokens, latents as after the
+  autoencoder (an eighth of the side), embeddings in the model's dtype.
+  """
+  programs = make_programs(config, mesh)
+  backbone = programs.reward_config.backbone
+  b, place = config.train.batch_size, programs.batch_sharding
+  latent = (config.aot.height // 8, config.aot.width // 8, backbone.in_channels)
+  dtype = build.dtype(config.model.dtype)
+  shapes = {
+    "chosen": (latent, jnp.float32),
+    "rejected": (latent, jnp.float32),
+    "preference": ((), jnp.float32),
+    "kind": ((), jnp.int32),
+    "index": ((), jnp.int32),
+    "context": ((config.aot.text_tokens, backbone.context_dim), dtype),
+    "pooled": ((backbone.pooled_dim,), dtype),
+  }
+  batch = {
+    name: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=place)
+    for name, (shape, dtype) in shapes.items()
+  }
+
+  def placed(tree, shardings):
+    return jax.tree.map(
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
+    )
+
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct((), key.dtype, sharding=sharding.replicated(mesh))
+  return programs.train_step, (
+    placed(programs.state, programs.state_shardings),
+    placed(programs.frozen, programs.frozen_shardings),
+    batch,
+    key,
+  )
+
+
+# Passes over attention per step, in units of its forward: itself and, in flash kernels,
+# two and a half times that backward; with full rematerialisation once more.
+_ATTENTION_PASSES = {"none": 3.5, "attention": 3.5, "full": 4.5}
+
+
+def aot_report(
+  config: ConfigDict, name: str, target_config: str | None, recipe: str
+) -> aot.Report:
+  """How the training step of a config would fit the target `name` (see lrm_jax.aot).
+
+  With `aot.pairs_per_device` the batch grows with the number of devices.
+  """
+  target = aot.target(name, target_config)
+  config = config.copy_and_resolve_references()
+  config.model.attention_impl = attention.resolve(
+    config.model.attention_impl, build.dtype(config.model.dtype), target.kind
+  )
+  mesh = sharding.make_mesh(config.mesh.fsdp, target.devices, tensor=config.mesh.tensor)
+  step, args = abstract_run(config, mesh)
+  programs = make_programs(config, mesh)
+  images = 2 * config.train.batch_size
+  size = config.aot.height // 8, config.aot.width // 8
+  backbone = programs.reward_config.backbone
+  attention_flops = images * flops.attention(
+    backbone, flops.image_tokens(backbone, *size), config.aot.text_tokens
+  )
+  in_kernels = _ATTENTION_PASSES[config.model.remat] if target.kind == "tpu" else 0.0
+  return aot.report(
+    step,
+    args,
+    target,
+    flops_per_step=float(
+      images
+      * flops.reward_training(
+        programs.reward_config,
+        *size,
+        config.aot.text_tokens,
+        train_backbone=programs.trains_backbone,
+      )
+    ),
+    kernel_flops=attention_flops * in_kernels,
+    settings={
+      "recipe": recipe,
+      "train.batch_size": config.train.batch_size,
+      "train.accumulate": config.train.accumulate,
+      "model.remat": config.model.remat,
+      "model.scan_blocks": config.model.scan_blocks,
+      "model.lora": config.model.lora is not None,
+      "mesh.fsdp": config.mesh.fsdp,
+      "mesh.tensor": config.mesh.tensor,
+      "aot.height": config.aot.height,
+      "aot.width": config.aot.width,
+      "aot.text_tokens": config.aot.text_tokens,
+    },
+  )
 
 
 def main(argv: list[str]) -> None:
@@ -505,8 +800,20 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
   try:
+    if _AOT.value is not None:
+      recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+      report = aot_report(
+        _CONFIG.value, _AOT.value, _AOT_TARGET_CONFIG.value, recipe.stem
+      )
+      print(aot.format(report))
+      if _AOT_OUT.value is not None:
+        pathlib.Path(_AOT_OUT.value).write_text(
+          json.dumps(report.to_dict(), indent=2) + "\n"
+        )
+      raise SystemExit(0 if report.fits else 4)
+    processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     train(_CONFIG.value)
-  except (ValueError, OSError, FloatingPointError) as e:
+  except (ValueError, OSError, FloatingPointError, aot.NotInstalledError) as e:
     raise SystemExit(f"error: {e}") from e
 
 

@@ -24,6 +24,8 @@ BUCKETS = (
   (832, 1152),
 )
 MAX_LOG_ASPECT_GAP = 0.03
+# How much the two images of a pair may differ and still share one bucket.
+MAX_LOG_PAIR_GAP = 0.05
 # A smaller image is not blown up to its bucket: that would be a score of the blur.
 MAX_ENLARGEMENT = 1.25  # along a side
 MAX_AREA = max(height * width for height, width in BUCKETS)
@@ -51,6 +53,30 @@ def nearest_bucket(height: int, width: int) -> tuple[int, int] | None:
   if not fitting:
     return None
   return min(fitting, key=lambda size: abs(size[0] * size[1] - height * width))
+
+
+def pair_size(
+  first: tuple[int, int], second: tuple[int, int]
+) -> tuple[int, int] | None:
+  """The bucket that both images of a training pair are resized to.
+
+  Each image has its own (`nearest_bucket`). Where these differ, but the aspect ratios
+  by less than 5 % (on the log scale), the smaller one of the two is shared: neither
+  image is enlarged for the other's sake, so that sharpness does not tell them apart.
+
+  Returns None where a bucket is missing or the aspect ratios differ too much: the pair
+  is not used.
+
+  Raises:
+    ValueError: a side below 1.
+  """
+  own = nearest_bucket(*first), nearest_bucket(*second)
+  if None in own:
+    return None
+  gap = abs(math.log(first[0] / first[1]) - math.log(second[0] / second[1]))
+  if own[0] != own[1] and gap >= MAX_LOG_PAIR_GAP:
+    return None
+  return min(own, key=lambda size: size[0] * size[1])
 
 
 def target_size(

@@ -101,7 +101,7 @@ TEMPLATES = (
   "a picture of the digit {}",
   "{} written by hand",
 )
-# Prompt 0 is the empty one, as in a pair folder; then the templates, digit by digit.
+# Prompt 0 is the empty one; then the templates, digit by digit.
 PROMPTS = ("", *(t.format(word) for word in DIGIT_WORDS for t in TEMPLATES))
 # The digit that each of PROMPTS asks for; -1 for the empty prompt.
 PROMPT_DIGITS = (-1, *(d for d in range(NUM_DIGITS) for _ in TEMPLATES))

@@ -1,21 +1,52 @@
 """Image files to arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import os
+import struct
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 # What Pillow turns into 8-bit RGB without losing the meaning of the values.
 IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+# Pillow's decoders let through whatever their parsing of damaged files runs into.
+DECODER_ERRORS = (
+  EOFError,
+  LookupError,
+  MemoryError,
+  OSError,
+  RuntimeError,
+  SyntaxError,
+  TypeError,
+  ValueError,
+  struct.error,
+  zlib.error,
+  Image.DecompressionBombError,
+)
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 ImageLike = Image.Image | str | os.PathLike
 
 
 class ImageError(ValueError):
   """An image that is missing, unreadable or of an unsupported kind."""
+
+
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike) -> Iterator[None]:
+  """Whatever a decoder stumbles over in a damaged file becomes an ImageError."""
+  try:
+    yield
+  except ImageError:
+    raise
+  except FileNotFoundError as e:
+    raise ImageError(f"image {path} does not exist") from e
+  except DECODER_ERRORS as e:
+    raise ImageError(f"image {path} cannot be read: {e or type(e).__name__}") from e
 
 
 def open_image(image: ImageLike) -> Image.Image:
@@ -26,24 +57,34 @@ def open_image(image: ImageLike) -> Image.Image:
   """
   is_path = not isinstance(image, Image.Image)
   path = image if is_path else getattr(image, "filename", "") or "given as an object"
-  try:
+  with _reading(path):
     if is_path:
       image = Image.open(path)
     image.load()
-  except FileNotFoundError as e:
-    raise ImageError(f"image {path} does not exist") from e
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-    raise ImageError(f"image {path} cannot be read: {e}") from e
-  if image.mode not in IMAGE_MODES:
-    raise ImageError(
-      f"image {path} has mode {image.mode!r}: save it with 8 bits per channel first"
-    )
-  image = ImageOps.exif_transpose(image)
+    if image.mode not in IMAGE_MODES:
+      raise ImageError(
+        f"image {path} has mode {image.mode!r}: save it with 8 bits per channel first"
+      )
+    image = ImageOps.exif_transpose(image)
   if image.has_transparency_data:
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     image = Image.alpha_composite(white, rgba)
   return image.convert("RGB")
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+  """(height, width) that `open_image` will find, from the head of the file alone.
+
+  Raises:
+    ImageError: missing, or no image. Damage behind the head is not found here.
+  """
+  with _reading(path), Image.open(path) as image:
+    # Asked for the EXIF data of a PNG that has none in its head, Pillow decodes it all.
+    looked_up = image.format != "PNG" or "exif" in image.info
+    orientation = image.getexif().get(ExifTags.Base.Orientation) if looked_up else None
+    width, height = image.size
+  return (width, height) if orientation in SIDEWAYS else (height, width)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -4,17 +4,50 @@ Axes: b batch, n tokens, h heads, k head width.
 """
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel,
+  splash_attention_mask,
+)
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+from lrm_jax import sharding
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 # cuDNN's backward pass refuses odd sequence lengths (and SD3's 77 + T5 + image is
 # always odd); 16 is also what its tiles like.
 CUDNN_MULTIPLE = 16
 
+# Splash attention works in square tiles: rows are a multiple of the vector lanes. No
+# TPU was at hand to tune the largest size.
+LANES = 128
+SPLASH_TILE = 1024
 
-def resolve(implementation: str, dtype) -> str:
-  """`auto` -> cudnn for 16-bit inputs on a GPU, xla elsewhere.
+NAME = "attention"  # of its output, for rematerialisation
+
+
+def save_attention(primitive, *args, **params) -> bool:
+  """A jax.checkpoint policy: attention's outputs are kept, all else is recomputed.
+
+  cuDNN's are found by their primitive, because a name given outside of its custom
+  derivative does not reach what its backward pass needs; splash gives NAME inside.
+  """
+  if primitive.name == "dot_product_attention_fwd_wrapper":
+    return True
+  by_name = jax.checkpoint_policies.save_only_these_names(NAME)
+  return by_name(primitive, *args, **params)
+
+
+KERNELS = {"gpu": "cudnn", "tpu": "splash"}  # platform -> implementation
+
+
+def resolve(implementation: str, dtype, platform: str | None = None) -> str:
+  """`auto` -> for 16-bit inputs cudnn on a GPU, splash on a TPU; xla elsewhere.
+
+  Args:
+    platform: `gpu`, `tpu` or `cpu` to compile for; None: where jax runs.
 
   `jax.nn.dot_product_attention(implementation=None)` would silently materialise the
   (n, n) logits on a GPU, so the choice is made here.
@@ -25,8 +58,9 @@ def resolve(implementation: str, dtype) -> str:
     )
   if implementation != "auto":
     return implementation
-  sixteen_bit = dtype in (jnp.bfloat16, jnp.float16)
-  return "cudnn" if jax.default_backend() == "gpu" and sixteen_bit else "xla"
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return "xla"
+  return KERNELS.get(jax.default_backend() if platform is None else platform, "xla")
 
 
 def attention(
@@ -35,7 +69,10 @@ def attention(
   """softmax(q k^T / sqrt(k)) v for `(b n h k)` inputs; softmax in float32."""
   implementation = resolve(implementation, q.dtype)
   if implementation == "xla":
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    out = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    return checkpoint_name(out, NAME)
+  if implementation == "splash":
+    return _splash(q, k, v)
 
   length = q.shape[1]
   pad = -length % CUDNN_MULTIPLE
@@ -54,3 +91,64 @@ def attention(
     implementation="cudnn",
   )
   return out[:, :length]
+
+
+def splash_tile(length: int) -> int:
+  """Rows of a tile: the fewest equal tiles of at most SPLASH_TILE cover `length`."""
+  tiles = -(-length // SPLASH_TILE)
+  return -(-length // (tiles * LANES)) * LANES
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Splash attention, each device on its own samples (and heads).
+
+  A Pallas kernel is opaque to the partitioner: without the shard_map every device
+  would gather the whole batch.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  batch = tuple(name for name in sharding.BATCH_AXES if name in mesh.auto_axes)
+  heads = tuple(set(mesh.auto_axes) - set(batch))
+  if mesh.size == 1 or not batch:
+    return _splash_local(q, k, v)
+  spec = P(batch, None, heads or None)
+  # check_vma: the kernel does not say over which axes its outputs vary.
+  return jax.shard_map(
+    _splash_local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+  )(q, k, v)
+
+
+def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  _, n, heads, width = q.shape
+  tile = splash_tile(n)
+  padded = -(-n // tile) * tile
+  # Within a tile, keys are taken in two halves: the logits of one fit beside the rest.
+  half = tile // 2 if tile % (2 * LANES) == 0 else tile
+  kernel = splash_attention_kernel.make_splash_mha(
+    splash_attention_mask.MultiHeadMask(
+      [splash_attention_mask.FullMask((padded, padded))] * heads
+    ),
+    block_sizes=splash_attention_kernel.BlockSizes(
+      block_q=tile,
+      block_kv=tile,
+      block_kv_compute=half,
+      block_q_dkv=tile,
+      block_kv_dkv=tile,
+      block_kv_dkv_compute=half,
+      block_q_dq=tile,
+      block_kv_dq=tile,
+    ),
+    head_shards=1,
+    q_seq_shards=1,
+    residual_checkpoint_name=NAME,
+  )
+  q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)  # it does not scale
+  q, k, v = (
+    jnp.pad(a, ((0, 0), (0, padded - n), (0, 0), (0, 0))).swapaxes(1, 2)
+    for a in (q, k, v)
+  )
+  segments = None
+  if padded > n:  # the padding is a segment of its own, attended by nobody else
+    ids = (jnp.arange(padded) >= n).astype(jnp.int32)
+    segments = splash_attention_kernel.SegmentIds(ids, ids)
+  out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
+  return out.swapaxes(1, 2)[:, :n]

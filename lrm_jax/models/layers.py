@@ -11,6 +11,9 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lrm_jax import sharding
 
 Dtype = Any
 
@@ -22,6 +25,21 @@ zeros_init = nnx.initializers.zeros_init()
 
 class LoRAParam(nnx.Param):
   """A low-rank adapter matrix; its own type, so that nnx.split can separate it."""
+
+
+def pin_batch(x: jax.Array) -> jax.Array:
+  """Keeps the leading axis over the batch axes of the ambient mesh (jax.set_mesh).
+
+  Other axes stay free, e.g. for a `tensor` rule. Without a mesh, or with a batch that
+  does not divide over it, the identity.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(name for name in sharding.BATCH_AXES if name in mesh.auto_axes)
+  parts = math.prod(mesh.shape[name] for name in axes)
+  if parts == 1 or x.shape[0] % parts:
+    return x
+  free = [P.UNCONSTRAINED] * (x.ndim - 1)
+  return jax.lax.with_sharding_constraint(x, P(axes, *free))
 
 
 class Dense(nnx.Module):
@@ -64,7 +82,9 @@ class Dense(nnx.Module):
       y = y + self.bias[...].astype(self.dtype)
     if self.lora_a is not None:
       y = y + self.lora_scale * self._adapter(x)
-    return y
+    # Of a kernel split over devices the compiler may otherwise keep the parts where
+    # they are and send the activations round (docs/aot.md).
+    return pin_batch(y)
 
   def _adapter(self, x: jax.Array) -> jax.Array:
     a = self.lora_a[...].astype(self.dtype)

@@ -11,6 +11,7 @@ l text tokens, d width, p patch, C latent channels. Latents are NHWC.
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
@@ -23,6 +24,14 @@ from lrm_jax.models.layers import Dtype
 
 NORM_EPS = 1e-6  # layer norms and query/key norms, as in the original
 TIME_DIM = 256  # width of the sinusoidal timestep embedding
+
+# What the backward pass recomputes of each block: nothing, all but attention (a
+# quarter of a block's time and few bytes), everything.
+REMATS = {
+  "none": None,
+  "attention": functools.partial(jax.checkpoint, policy=attention.save_attention),
+  "full": jax.checkpoint,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,7 +366,7 @@ class MMDiT(nnx.Module):
   `scan_blocks=True` the blocks run under `lax.scan` on these stacks (fast to compile;
   CPU and TPU). With False there is one module per layer, `blocks/<segment>/<i>/...`
   (on a GPU a scan copies every layer's weights each pass); `unstack_params` and
-  `stack_params` convert.
+  `stack_params` convert. `remat` is one of REMATS.
   """
 
   def __init__(
@@ -365,12 +374,14 @@ class MMDiT(nnx.Module):
     config: MMDiTConfig,
     *,
     scan_blocks: bool = True,
-    remat: bool = False,
+    remat: str = "none",
     attention_impl: str = "auto",
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
+    if remat not in REMATS:
+      raise ValueError(f"remat={remat!r}: use one of {', '.join(REMATS)}")
     d, p = config.width, config.patch_size
     kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     mlp = dict(act=jax.nn.silu, **kw)
@@ -468,8 +479,8 @@ class MMDiT(nnx.Module):
     def apply(graphdef, params, x, c):
       return nnx.merge(graphdef, params)(x, c, temb)
 
-    if self.remat:
-      apply = jax.checkpoint(apply, static_argnums=0)
+    if (remat := REMATS[self.remat]) is not None:
+      apply = remat(apply, static_argnums=0)
 
     for segment, length in zip(self.blocks, self.config.segments, strict=True):
       ends = self._tap_ends(start, length)

@@ -117,7 +117,7 @@ class RewardModel(nnx.Module):
     config: RewardConfig,
     *,
     scan_blocks: bool = True,
-    remat: bool = False,
+    remat: str = "none",
     attention_impl: str = "auto",
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,

@@ -1,0 +1,192 @@
+"""Training that is killed, interrupted or starved, in processes of its own."""
+
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from tests import runs
+
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  root = tmp_path_factory.mktemp("survival")
+  return runs.make_base(root / "base"), runs.make_pairs(root / "pairs")
+
+
+def long_run(data, workdir):
+  c = runs.tiny("sd35m", *data, workdir)
+  c.train.num_steps = STEPS
+  c.train.log_every = 5
+  c.train.checkpoint_every = 10
+  c.train.ema_decay = 0.9
+  c.train.accumulate = 2
+  c.data.prompt_dropout = 0.2
+  c.eval.every = 50
+  return c
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+  config = long_run(data, tmp_path_factory.mktemp("whole") / "run")
+  runs.finish(runs.start(config), config)
+  return config
+
+
+def logged_step(config) -> int:
+  path = pathlib.Path(config.workdir, "metrics.jsonl")
+  return path.read_text().count("\n") * config.train.log_every if path.exists() else 0
+
+
+def interrupt(process: subprocess.Popen, config, at_step: int, number: int) -> bool:
+  """Sends a signal once the run's log has come so far; False if it ended before."""
+  deadline = time.monotonic() + 120
+  while process.poll() is None and time.monotonic() < deadline:
+    if logged_step(config) >= at_step:
+      process.send_signal(number)
+      return True
+    time.sleep(0.002)
+  return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_interrupted_at_random_ends_as_if_it_had_not_been(
+  number, data, uninterrupted, tmp_path
+):
+  config = long_run(data, tmp_path / "run")
+  rng = random.Random(int(number))
+  interrupted = 0
+  for stop_at in (*sorted(rng.sample(range(STEPS - 10), 4)), None):
+    process = runs.start(config)
+    if stop_at is None:
+      runs.finish(process, config)
+      break
+    if interrupt(process, config, stop_at, number):
+      time.sleep(0 if number == signal.SIGTERM else rng.uniform(0, 0.1))
+      code = process.wait(timeout=120)
+      output = runs.log_file(config).read_text()
+      if number == signal.SIGTERM:
+        assert code == 0, output[-3000:]
+        assert "the same command continues" in output.splitlines()[-1]
+      interrupted += 1
+  assert interrupted == 4
+  runs.assert_same_run(uninterrupted.workdir, config.workdir, STEPS)
+  log = runs.log_file(config).read_text()
+  assert log.count("continuing") >= 3  # the first signal may come before a checkpoint
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(data, tmp_path):
+  """Two hosts with two devices each, against one with four; then changing places."""
+  results = {}
+  for name in ("one", "two"):
+    config = runs.tiny("drm_sd35m", *data, tmp_path / name)
+    config.mesh.fsdp = 2
+    config.train.num_steps = 6
+    config.train.keep_checkpoints = 5
+    if name == "one":
+      runs.finish(runs.start(config, devices=4), config)
+    else:
+      run_two(config)
+    results[name] = runs.metrics(config.workdir)
+    # Every host read only its own rows, and together every row.
+  for a, b in zip(results["one"], results["two"], strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_allclose(a[key], b[key], rtol=2e-3, atol=2e-5, err_msg=key)
+
+  # A checkpoint of two processes continues in one process, on another mesh.
+  other = runs.tiny("drm_sd35m", *data, tmp_path / "other")
+  shutil.copytree(tmp_path / "two", tmp_path / "other")
+  for step in (4, 6):
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / str(step))
+  other.mesh.fsdp = 1
+  other.train.num_steps = 6
+  other.train.keep_checkpoints = 5
+  output = runs.finish(runs.start(other), other)
+  assert "from step 2" in output
+  for a, b in zip(results["one"], runs.metrics(other.workdir), strict=True):
+    np.testing.assert_allclose(a["train/loss"], b["train/loss"], rtol=2e-3)
+
+
+def run_two(config) -> None:
+  port = runs.free_port()
+  processes = [
+    runs.start(
+      config,
+      f"--coordinator=127.0.0.1:{port}",
+      "--num_processes=2",
+      f"--process_id={i}",
+      devices=2,
+      name=f"host{i}",
+    )
+    for i in range(2)
+  ]
+  try:
+    for i, process in enumerate(processes):
+      runs.finish(process, config, f"host{i}")
+  finally:
+    for process in processes:
+      process.kill()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_continues(
+  data, tmp_path
+):
+  config = runs.tiny("sd35m", *data, tmp_path / "run")
+  config.train.num_steps = 400
+  config.train.checkpoint_every = 1000
+  config.eval.every = 400
+  port = runs.free_port()
+  processes = [
+    runs.start(
+      config,
+      f"--coordinator=127.0.0.1:{port}",
+      "--num_processes=2",
+      f"--process_id={i}",
+      name=f"host{i}",
+    )
+    for i in range(2)
+  ]
+  try:
+    assert interrupt(processes[1], config, 5, signal.SIGTERM)
+    for i, process in enumerate(processes):
+      output = runs.finish(process, config, f"host{i}")
+      assert "stopped by a signal at step" in output
+  finally:
+    for process in processes:
+      process.kill()
+  stopped = int(output.split("at step ")[1].split()[0])
+  assert 5 <= stopped < 400
+  config.train.num_steps = stopped + 2
+  assert f"from step {stopped}" in runs.finish(runs.start(config), config)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_clear_error_and_the_older_checkpoint_stays(data, tmp_path):
+  """A limit on the size of files stands in for the disk: writes fail in the middle."""
+  config = runs.tiny("drm_sd35m", *data, tmp_path / "run")
+  config.train.num_steps = 2
+  runs.finish(runs.start(config), config)
+  config.train.num_steps = 4
+
+  def no_space():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then write() fails with EFBIG
+
+  process = runs.start(config, preexec=no_space)
+  assert process.wait(timeout=120) == 1
+  output = runs.log_file(config).read_text()
+  assert "error: writing" in output and "Traceback" not in output, output[-3000:]
+  assert "step 2" in output.splitlines()[-1]
+  assert "from step 2" in runs.finish(runs.start(config), config)

@@ -2,6 +2,8 @@
 
   python convert/torch_to_flax.py --sd35 stable-diffusion-3.5-medium --out models/sd35m
   python train/reward.py --config configs/sd35m.py
+  python train/reward.py --config configs/sd35m.py:full     # all weights, no adapters
+  python train/reward.py --config configs/sd35m.py:full24   # and of all 24 blocks
 
 First 12 blocks with LoRA r 64, Q-Former head, Thurstone loss, shared noise.
 Latents and prompt embeddings are computed beforehand: docs/data.md.
@@ -10,7 +12,9 @@ Latents and prompt embeddings are computed beforehand: docs/data.md.
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def get_config(train: str = "lora") -> ConfigDict:
+  if train not in ("lora", "full", "full24"):
+    raise ValueError(f"configs/sd35m.py:{train}: use lora, full or full24")
   c = ConfigDict()
   c.seed = 42
   c.wandb_project = None  # a name; needs pip install wandb
@@ -47,7 +51,9 @@ def get_config() -> ConfigDict:
   c.model.backbone_dtype = "bfloat16"  # frozen weights
   c.model.trained_dtype = "float32"  # adapters, head: bf16 would not move at 5e-5
   c.model.scan_blocks = True  # False on GPUs: faster, longer to compile
-  c.model.remat = "none"  # fits an H200 without
+  # "none" saves a quarter of the arithmetic where it fits: unrolled, 78 GiB of an H200
+  # for 32 pairs; the scan keeps 169 GiB (docs/aot.md).
+  c.model.remat = "attention"
   c.model.attention_impl = "auto"
   c.scoring = ConfigDict(
     dict(
@@ -102,4 +108,17 @@ def get_config() -> ConfigDict:
   c.aot.height = 512  # pixels
   c.aot.width = 512
   c.aot.text_tokens = 77 + c.data.t5_length
+
+  if train != "lora":  # no published recipe: DRM's learning rate
+    c.workdir = f"runs/sd35m_{train}"
+    c.model.lora = None
+    c.model.backbone_dtype = "float32"  # master weights: everything is trained
+    c.trainable = (("^backbone/pos_embed$", "freeze"), (".*", "train"))
+    c.train.learning_rate = 1e-5
+    c.mesh.fsdp = -1  # all devices: they split 16 (24 blocks: 28) GB of state
+    c.sharding = ((".*", "fsdp"),)
+  if train == "full24":
+    c.model.num_layers = 24
+    c.model.image_taps = (8, 16, 24)
+    c.model.text_taps = (8, 16, 23)  # the last block leaves the text as it is
   return c

@@ -49,7 +49,7 @@ say = precompute_prompts.say
 
 FORMAT = "lrm_jax.precompute"
 VERSION = 1
-SETTINGS, REPORT, BAD_IMAGES = "precompute.json", "report.json", "bad_images.csv"
+SETTINGS, REPORT, BAD_IMAGES = parquet.PRECOMPUTE, "report.json", "bad_images.csv"
 CHUNKS = "chunks"  # folder with a note on each finished chunk
 POSTERIOR = ("mean", "sample")
 # The autoencoder's widest activations take 512 bytes per pixel: 2 GiB per 4 megapixels.
@@ -166,8 +166,7 @@ def encode_chunk(
 ) -> dict[str, Any]:
   """Writes a chunk's part and its note; returns the note.
 
-  Rows are ordered by size, then as in the file: row groups and batches are of one
-  size, but for those in between.
+  Rows are ordered by size, then as in the file, so row groups are of one size.
   """
   problems = [size for size in sizes if isinstance(size, Problem)]
   order = [i for i, size in enumerate(sizes) if not isinstance(size, Problem)]

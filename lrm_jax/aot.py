@@ -143,6 +143,7 @@ def _tpu(name: str, chip: Chip) -> Target:
     )
   _host_on_cpu()
   os.environ |= _LIBTPU_WITHOUT_TPU
+  _without_cache()
   try:
     devices = topologies.get_topology_desc(name, "tpu").devices
   except jax.errors.JaxRuntimeError as e:
@@ -166,6 +167,7 @@ def _gpu(name: str, chip: Chip, target_config: str | os.PathLike | None) -> Targ
       "jax's CUDA plugin, the compiler for NVIDIA GPUs, is not installed: "
       f'pip install "jax-cuda12-plugin[with-cuda]=={jax.__version__}"'
     )
+  _without_cache()
   if not xla_client.pjrt_plugin_initialized("cuda"):
     xla_client.initialize_pjrt_plugin("cuda")
   topology = topologies.get_topology_desc(
@@ -187,6 +189,11 @@ def _gpu(name: str, chip: Chip, target_config: str | os.PathLike | None) -> Targ
 def _host_on_cpu() -> None:
   """The host's own backend stays the CPU, whatever plugins are installed."""
   jax.config.update("jax_platforms", "cpu")
+
+
+def _without_cache() -> None:
+  """Compile-only programs can be written to jax's persistent cache, but not read."""
+  jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _first_line(e: Exception) -> str:

@@ -4,8 +4,13 @@ from collections.abc import Mapping
 import os
 import pathlib
 import shutil
+import sys
+import threading
+import traceback
+import types
 from typing import Any
 
+from absl import logging
 import jax
 from jaxtyping import PyTree
 import orbax.checkpoint as ocp
@@ -16,6 +21,44 @@ GIB = 2**30
 
 class CheckpointError(OSError):
   """A checkpoint that cannot be written or read; the message names it and the cause."""
+
+
+def report_failures_once() -> None:
+  """Leaves only the exception that the caller gets of a failed write.
+
+  Orbax and TensorStore report one from every thread that took part: in the log, as
+  the thread's traceback, and as callbacks into an event loop that is closed by then;
+  hundreds of lines around the one that says what to do. For programs, not libraries:
+  the hooks are the process's.
+  """
+
+  def of_orbax(trace: types.TracebackType | None) -> bool:
+    frames = traceback.extract_tb(trace)
+    return any("orbax" in frame.filename for frame in frames)
+
+  # Also asyncio's, on Orbax's abandoned tasks.
+  logging.get_absl_handler().addFilter(
+    lambda record: "orbax" not in record.pathname + record.getMessage()
+  )
+  thread_hook, hook = threading.excepthook, sys.excepthook
+
+  def in_thread(args: Any) -> None:
+    if not of_orbax(args.exc_traceback):
+      thread_hook(args)
+
+  def anywhere(kind: type, error: BaseException, trace: Any) -> None:
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main or "Event loop is closed" not in str(error):
+      hook(kind, error, trace)
+
+  unraisable_hook = sys.unraisablehook
+
+  def unraisable(args: Any) -> None:
+    if "Event loop is closed" not in str(args.exc_value):
+      unraisable_hook(args)
+
+  threading.excepthook, sys.excepthook = in_thread, anywhere
+  sys.unraisablehook = unraisable
 
 
 class Checkpoints:

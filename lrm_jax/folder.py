@@ -165,6 +165,9 @@ def save_params(path: pathlib.Path, leaves: Mapping[str, np.ndarray]) -> None:
   The arrays are written from where they are (Orbax would copy them all first, which
   only an asynchronous save needs), so that the peak is the component plus little.
   Uncompressed: weights hardly compress, and it is 10x faster.
+
+  Raises:
+    OSError: it could not be written.
   """
   handlers = ocp.type_handlers
   in_place = handlers.create_type_handler_registry(
@@ -179,7 +182,13 @@ def save_params(path: pathlib.Path, leaves: Mapping[str, np.ndarray]) -> None:
   )
   tree = _string_keys(weights.unflatten({k: np.asarray(v) for k, v in leaves.items()}))
   with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-    checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+    try:
+      checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+    except (ValueError, OSError) as e:  # TensorStore's errors are ValueErrors
+      reason = str(e).splitlines()[0][:300]
+      raise OSError(
+        f"writing {path} failed: {reason}. Is the disk full or read-only?"
+      ) from e
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

@@ -78,13 +78,16 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]]) -> Any:
   `replicate` copies. `column` and `row` are Megatron's two halves of a pair of matrix
   products (Shoeybi et al. 2019): the last, or the last but one, axis of a matrix over
   `tensor`, and the largest other axis as `fsdp` does. A vector under `row` belongs to
-  the sum of the parts and is not split over `tensor`.
+  the sum of the parts and is not split over `tensor`. Convolutions are refused: with
+  input channels split over `tensor` and the batch over two other axes, jax 0.10.2's
+  partitioner computed wrong sums.
 
   Args:
     tree: arrays or ShapeDtypeStructs, e.g. a whole abstract train state.
 
   Raises:
-    ValueError: a leaf that no rule covers, or an unknown rule.
+    ValueError: a leaf that no rule covers, an unknown rule, or a convolution under
+      `column` or `row`.
   """
   compiled = [(re.compile(pattern), rule) for pattern, rule in rules]
   for pattern, rule in rules:
@@ -106,10 +109,15 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]]) -> Any:
       if size > 1 and fitting:
         spec[max(fitting, key=lambda i: leaf.shape[i])] = axis_name
 
-    is_matrix = len(leaf.shape) - first >= 2
-    if rule == "column" and len(leaf.shape) > first:
+    rank = len(leaf.shape) - first
+    if rule in ("column", "row") and rank > 2:
+      raise ValueError(
+        f"sharding rule {rule!r} covers {name} of shape {leaf.shape}, which is no "
+        "matrix: put a row such as ('^params/head/', 'fsdp') before it"
+      )
+    if rule == "column" and rank > 0:
       split("tensor", [len(leaf.shape) - 1])
-    if rule == "row" and is_matrix:
+    if rule == "row" and rank == 2:
       split("tensor", [len(leaf.shape) - 2])
     if rule != "replicate":
       split("fsdp", range(first, len(leaf.shape)))

@@ -68,9 +68,8 @@ def make_pairs(root: pathlib.Path) -> pathlib.Path:
   """Folders `train`, `held_out` and `prompts`."""
   for seed, (name, count) in enumerate((("train", 48), ("held_out", 20))):
     (root / name).mkdir(parents=True)
-    parquet.write_part(
-      root / name / "part.parquet", records(count, seed), rows_per_group=8
-    )
+    by_size = sorted(records(count, seed), key=lambda r: r["chosen"].shape)
+    parquet.write_part(root / name / "part.parquet", by_size, rows_per_group=8)
     parquet.write_index(root / name)
   rng = np.random.default_rng(2)
   with prompt_cache.PromptCacheWriter(

@@ -78,3 +78,13 @@ def test_put_places_host_arrays_and_bytes_fall_with_the_devices():
     np.testing.assert_array_equal(array, value)
     sizes.append(sharding.bytes_per_device({"w": array}))
   assert sizes == [value.nbytes // n for n in (1, 2, 4, 8)]
+
+
+def test_tensor_rules_refuse_convolutions():
+  mesh = sharding.make_mesh(2, tensor=2)
+  conv = {"conv": {"kernel": jax.ShapeDtypeStruct((3, 3, 16, 32), jnp.float32)}}
+  for rule in ("column", "row"):
+    with pytest.raises(ValueError, match="conv/kernel of shape .* no matrix"):
+      sharding.shardings(conv, mesh, ((".*", rule),))
+  placed = sharding.shardings(conv, mesh, ((".*", "fsdp"),))
+  assert placed["conv"]["kernel"].spec == P(None, None, None, "fsdp")

@@ -355,8 +355,8 @@ def test_tensor_parallel_gives_the_losses_of_one(tensor, base, pair_folders, tmp
   reference, _ = run_steps(config, 2, ONE)
   config.mesh.update(fsdp=2, tensor=tensor)
   config.sharding = (
-    (r"(qkv|up)/", "column"),
-    (r"(out|down)/", "row"),
+    (r"blocks/.*(qkv|up)/", "column"),
+    (r"blocks/.*(out|down)/", "row"),
     (".*", "fsdp"),
   )
   losses, trainer = run_steps(config, 2, jax.devices())

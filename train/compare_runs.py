@@ -14,7 +14,7 @@ from lrm_jax import plots
 
 
 def load(run: pathlib.Path) -> list[dict]:
-  """Rows of a run over all kinds of pairs, by noise level.
+  """Rows of a run over all kinds of pairs, by noise level; its ensembles are left out.
 
   Raises:
     FileNotFoundError: the run has not been evaluated.
@@ -22,7 +22,8 @@ def load(run: pathlib.Path) -> list[dict]:
   path = run / "accuracy.json"
   if not path.is_file():
     raise FileNotFoundError(f"{path} does not exist: train it with train/reward.py")
-  return [row for row in json.loads(path.read_text()) if row["kind"] == "all"]
+  rows = json.loads(path.read_text())
+  return [row for row in rows if row["kind"] == "all" and row["sigma"] is not None]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -440,8 +440,8 @@ def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> bo
   Returns: whether the run is complete; False if a signal ended it early, after saving.
   """
   workdir = pathlib.Path(config.workdir)
-  trainer = setup(config, devices)
   source, held_out = build.pair_sources(config.data)
+  trainer = setup(config, devices)
   with checkpoint.Checkpoints(
     workdir / "checkpoints",
     keep=config.train.keep_checkpoints,
@@ -470,6 +470,7 @@ def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> bo
         f"{config.train.num_steps}; the same command continues"
       )
       return False
+    checkpoints.wait()  # a failed save is reported before the model is written
     save_model(trainer, workdir / "model")
     best = checkpoints.best
     if best is not None and best != config.train.num_steps:
@@ -799,6 +800,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+  checkpoint.report_failures_once()
   try:
     if _AOT.value is not None:
       recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))

@@ -14,11 +14,13 @@ latents channels first. A record is a dict:
 
 from collections.abc import Iterable, Iterator, Mapping
 import contextlib
+import functools
 import glob
 import io
 import math
 import os
 import pathlib
+import threading
 from typing import Any
 
 from jaxtyping import Float32
@@ -39,6 +41,7 @@ _DEFAULTS = dict.fromkeys(TEXTS, "") | {
 _REQUIRED = ("prompt", "chosen", "rejected")
 _FIELDS = {*_DEFAULTS, *_REQUIRED}
 _MAX_NPY_HEADER = 1 << 14
+_npy_lock = threading.Lock()
 
 
 def checked(
@@ -135,7 +138,35 @@ def decode_npy(data: Any) -> np.ndarray:
     ValueError: no such bytes, cut short, too long, or an array of Python objects.
   """
   view = memoryview(data)
-  stream = io.BytesIO(view[:_MAX_NPY_HEADER])
+  shape, fortran_order, dtype, start = _npy_header(bytes(view[:_MAX_NPY_HEADER]))
+  if dtype.hasobject:
+    raise ValueError("an array of Python objects (they are never unpickled)")
+  expected = math.prod(shape) * dtype.itemsize
+  found = view.nbytes - start
+  if min(shape, default=0) < 0 or found != expected:
+    raise ValueError(f"{found} bytes of data, shape {shape} needs {expected}")
+  array = np.frombuffer(view, dtype, math.prod(shape), start)
+  return array.reshape(shape, order="F" if fortran_order else "C")
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+  """(shape, fortran_order, dtype, where the values begin) of a .npy file's start."""
+  # A header says its length after the magic string: 2 bytes, from version 2 on 4.
+  end = 0
+  if data[:6] == b"\x93NUMPY" and len(data) > 12:
+    end = 10 + int.from_bytes(data[8:10], "little")
+    if data[6] > 1:
+      end = 12 + int.from_bytes(data[8:12], "little")
+  # The few different headers of a data set are parsed once. And by one thread at a
+  # time: NumPy evaluates them with `ast`, which is not safe to run in several threads
+  # in CPython 3.11 ("AST constructor recursion depth mismatch").
+  with _npy_lock:
+    return _parse_npy_header(data[:end] or data[:16])
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+  stream = io.BytesIO(data)
   version = np.lib.format.read_magic(stream)
   readers = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -144,17 +175,9 @@ def decode_npy(data: Any) -> np.ndarray:
   if version not in readers:
     raise ValueError(f".npy format version {version}")
   try:
-    shape, fortran_order, dtype = readers[version](stream)
+    return *readers[version](stream), stream.tell()
   except (SyntaxError, TypeError) as e:  # NumPy evaluates the header as Python
     raise ValueError(f"the .npy header is damaged: {e}") from e
-  if dtype.hasobject:
-    raise ValueError("an array of Python objects (they are never unpickled)")
-  expected = math.prod(shape) * dtype.itemsize
-  found = view.nbytes - stream.tell()
-  if min(shape, default=0) < 0 or found != expected:
-    raise ValueError(f"{found} bytes of data, shape {shape} needs {expected}")
-  array = np.frombuffer(view, dtype, math.prod(shape), stream.tell())
-  return array.reshape(shape, order="F" if fortran_order else "C")
 
 
 def some_of(names: Iterable[Any], limit: int = 10) -> str:

@@ -1,6 +1,6 @@
 """Tiny reward training runs: their data, their configs, and their processes."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 import importlib
 import json
 import os
@@ -125,11 +125,12 @@ def start(
   *flags: str,
   devices: int = 1,
   name: str = "config",
-  preexec: Callable[[], None] | None = None,
+  wrapper: Sequence[str] = (),
+  env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen:
   """`python train/reward.py` on a config; output in `<workdir>.<name>.log`.
 
-  `preexec` runs in the new process before the program.
+  `wrapper` is put in front of the command, `env` is added to the environment.
   """
   workdir = pathlib.Path(config.workdir)
   file = workdir.with_name(f"{workdir.name}.{name}.py")
@@ -138,7 +139,8 @@ def start(
     f"  return ConfigDict(json.loads({config.to_json()!r}))\n"
   )
   xla = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-  env = os.environ | {
+  script = ROOT / "train" / "reward.py"
+  environment = os.environ | {
     "PYTHONPATH": str(ROOT),
     # Threads of XLA on a CPU. Collectives between processes block theirs: with as few
     # as this machine has cores, two processes can wait for each other for ever.
@@ -147,11 +149,10 @@ def start(
   }
   with log_file(config, name).open("ab") as log:
     return subprocess.Popen(
-      [sys.executable, str(ROOT / "train/reward.py"), f"--config={file}", *flags],
-      env=env,
+      [*wrapper, sys.executable, str(script), f"--config={file}", *flags],
+      env=environment | dict(env or {}),
       stdout=log,
       stderr=subprocess.STDOUT,
-      preexec_fn=preexec,
     )
 
 

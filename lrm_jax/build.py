@@ -20,6 +20,7 @@ import numpy as np
 
 from lrm_jax import flow, losses, weights
 from lrm_jax import folder as folder_lib
+from lrm_jax import sharding as sharding_lib
 from lrm_jax.data import digit_pairs, parquet
 from lrm_jax.data import source as source_lib
 from lrm_jax.keymaps import lora as lora_keymap
@@ -337,9 +338,13 @@ def save_reward(
   return entry
 
 
-def to_device(params: Mapping, sharding: Any = None) -> Any:
-  """numpy parameters -> device arrays."""
-  return jax.device_put(params, sharding)
+def to_device(
+  params: Mapping, sharding: jax.sharding.NamedSharding | None = None
+) -> Any:
+  """numpy parameters -> device arrays: on the default device, or all as `sharding`."""
+  if sharding is None:
+    return jax.device_put(params)
+  return jax.tree.map(lambda leaf: sharding_lib.put(leaf, sharding), params)
 
 
 # --- from the ConfigDicts of configs/ ----------------------------------------------

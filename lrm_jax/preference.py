@@ -1,7 +1,8 @@
 """Training and evaluating on preference pairs: the two programs that run on devices.
 
 Both are pure functions of plain pytrees. A batch is a dict of `chosen`, `rejected`
-(b h w c), `context` (b l d), `pooled` (b e), `preference`, `kind` and `index` (b).
+(b h w c), `context` (b l d), `pooled` (b e), and `preference`, `kind`, `index` and
+`weight` (b).
 
 Axes: b pairs, h w c latent, s noise levels, a micro-batches.
 """
@@ -17,7 +18,7 @@ import optax
 from lrm_jax import flow, optim, train_state
 from lrm_jax.models import features
 
-INPUTS = ("chosen", "rejected", "preference", "kind", "index")
+INPUTS = ("chosen", "rejected", "preference", "kind", "index", "weight")
 
 Constrain = Callable[[Any], Any]
 
@@ -141,7 +142,8 @@ def make_eval_step(
 ) -> Callable:
   """`step(params, frozen, batch, sigmas (s), key) -> dict`, pure.
 
-  Returns `r_chosen`, `r_rejected` (s b) and the batch's `preference` and `kind` (b).
+  Returns `r_chosen`, `r_rejected` (s b), and of the batch `preference`, `kind` and
+  `weight` (b; 0 for rows that only fill a batch up).
   The noise of a pair depends on the key, its `index` and the place of the noise level
   in `sigmas`: not on the batch it is in, nor on the step.
   """
@@ -167,8 +169,7 @@ def make_eval_step(
     return {
       "r_chosen": r_chosen,
       "r_rejected": r_rejected,
-      "preference": batch["preference"],
-      "kind": batch["kind"],
+      **{name: batch[name] for name in ("preference", "kind", "weight")},
     }
 
   return step

@@ -118,3 +118,35 @@ def test_small_drm_against_torch():
   args = torch.zeros(1, 16, 6, 10), torch.zeros(1), torch.zeros(1, 7, 32)
   found = count_with_torch(theirs, *args, torch.zeros(1, 28))
   assert flops.reward(config, 6, 10, 7) == found
+
+
+@pytest.mark.parametrize(
+  ("pixels", "length", "frozen", "trained"),
+  # TFLOP of forward and backward: frozen (2 linear + 3 attention), all trained.
+  [(512, 333, 2.96, 4.12), (1024, 333, 15.93, 19.88)],
+)
+def test_training_costs_two_to_three_forward_passes(pixels, length, frozen, trained):
+  config = reward.RewardConfig.dina_sd35m_12layers()
+  side = pixels // 8
+  n = flops.image_tokens(config.backbone, side, side)
+  head = 3 * flops.qformer_head(config.head, n, length)
+  for train_backbone, tera in ((False, frozen), (True, trained)):
+    total = flops.reward_training(
+      config, side, side, length, train_backbone=train_backbone
+    )
+    assert (total - head) / 1e12 == pytest.approx(tera, abs=0.01)
+
+
+@pytest.mark.parametrize(
+  ("kind", "peak"),
+  [
+    ("NVIDIA H200", 990e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v5p", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("cpu", None),
+  ],
+)
+def test_peaks_by_device_kind(kind, peak):
+  assert flops.peak(kind) == peak

@@ -38,6 +38,7 @@ def batch_of(seed: int = 0):
     "preference": jnp.asarray([1.0, 0.5] * (B // 2)),
     "kind": jnp.arange(B) % 2,
     "index": jnp.arange(100, 100 + B),
+    "weight": jnp.ones(B),
   }
 
 

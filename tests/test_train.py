@@ -37,9 +37,10 @@ def run_steps(config, num_steps: int, devices=ONE) -> tuple[list[float], object]
   batches, _ = train_reward.training_batches(trainer, source)
   stream = loader.device_prefetch(batches, trainer.prepare, depth=1)
   losses = []
-  for _ in range(num_steps):
-    batch, _ = next(stream)
-    losses.append(float(train_reward._train_step(trainer, batch)["train/loss"]))
+  with jax.set_mesh(trainer.programs.mesh):
+    for _ in range(num_steps):
+      batch, _ = next(stream)
+      losses.append(float(train_reward._train_step(trainer, batch)["train/loss"]))
   return losses, trainer
 
 
@@ -111,15 +112,20 @@ def test_training_learns_and_leaves_the_frozen_part_alone(
   assert trainer.programs.train_step._cache_size() == 2  # one per size
 
 
-@pytest.mark.parametrize(("name", "fsdp"), [("sd35m", 1), ("drm_sd35m", 4)])
-def test_eight_devices_give_the_losses_of_one(name, fsdp, base, pair_folders, tmp_path):
-  """Data parallel for the adapters, 2 x 4 FSDP for the full fine-tune."""
+@pytest.mark.parametrize(
+  ("name", "devices", "fsdp"),
+  [("sd35m", 8, 1), ("drm_sd35m", 8, 4), ("drm_sd35m", 2, 2), ("sd35m", 4, 2)],
+)
+def test_many_devices_give_the_losses_of_one(
+  name, devices, fsdp, base, pair_folders, tmp_path
+):
+  """Data parallel for the adapters, FSDP and both for the full fine-tune."""
   config = tiny(name, base, pair_folders, tmp_path)
   config.sharding = ((".*", "fsdp"),)
   config.mesh.fsdp = 1
   reference, _ = run_steps(config, 3, ONE)
   config.mesh.fsdp = fsdp
-  losses, trainer = run_steps(config, 3, jax.devices())
+  losses, trainer = run_steps(config, 3, jax.devices()[:devices])
   np.testing.assert_allclose(losses, reference, rtol=2e-4)
   name = "head/out/kernel"
   leaf = trainer.state.params[name]

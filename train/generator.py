@@ -151,12 +151,16 @@ def save_model(path, config: ConfigDict, model_config, params, frozen) -> None:
 
 
 def train(config: ConfigDict) -> None:
-  """The whole run."""
+  """The whole run, on all devices."""
   workdir = pathlib.Path(config.workdir)
   run_log.write_run_info(workdir, config.to_dict(), seed=config.seed)
   mesh = sharding.make_mesh(config.mesh.fsdp)
-  jax.set_mesh(mesh)
+  with jax.set_mesh(mesh):
+    run(config, workdir, mesh)
 
+
+def run(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+  """Training, sampling and saving, on a mesh that is set."""
   splits = digits.load_splits(config.data.split_seed)
   embedder = digits.WordEmbedder(config.data.context_dim, config.data.pooled_dim)
   data = jax.device_put(

@@ -267,12 +267,15 @@ class Trainer:
 
 
 def setup(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Trainer:
-  """A config's run before its first step, on the config's mesh (of all devices)."""
+  """A config's run before its first step, on the config's mesh (of all devices).
+
+  What runs on it belongs into `jax.set_mesh(trainer.programs.mesh)`.
+  """
   mesh = sharding.make_mesh(config.mesh.fsdp, devices, tensor=config.mesh.tensor)
-  jax.set_mesh(mesh)
-  programs = make_programs(config, mesh)
-  text = Text(config, programs.reward_config.backbone.context_dim, mesh)
-  state, frozen = initial_state(programs)
+  with jax.set_mesh(mesh):
+    programs = make_programs(config, mesh)
+    text = Text(config, programs.reward_config.backbone.context_dim, mesh)
+    state, frozen = initial_state(programs)
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
   return Trainer(programs, state, frozen, text, key)
 
@@ -295,6 +298,8 @@ class Text:
           f"data.t5_length={data.t5_length}, but the embeddings in data.prompts="
           f"{data.prompts!r} were made with {found}"
         )
+      if data.prompt_dropout:
+        cache.require([""])
       self.fn = loader_lib.cached_text(cache)
       self.length = cache.settings.context_shape[0]
       return
@@ -355,8 +360,7 @@ def evaluate(trainer: Trainer, source: source_lib.PairSource) -> list[dict[str, 
   # One transfer at the end: the loop above only dispatches.
   results = jax.device_get(results)
   table = {k: np.concatenate([r[k] for r in results], axis=-1) for k in results[0]}
-  indices = np.concatenate([plan.batch(i) for i in range(plan.num_batches)])
-  counts = (indices != plan_lib.PADDING) & (table["preference"] > source_lib.TIE)
+  counts = (table["weight"] > 0) & (table["preference"] > source_lib.TIE)
   if not counts.any():
     raise ValueError(f"{source.name}: all {len(source)} held-out pairs are ties")
   sides = table["r_chosen"][:, counts], table["r_rejected"][:, counts]
@@ -442,12 +446,15 @@ def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> bo
   workdir = pathlib.Path(config.workdir)
   source, held_out = build.pair_sources(config.data)
   trainer = setup(config, devices)
-  with checkpoint.Checkpoints(
-    workdir / "checkpoints",
-    keep=config.train.keep_checkpoints,
-    keep_best=config.train.keep_best,
-    best_metric=BEST_METRIC,
-  ) as checkpoints:
+  with (
+    jax.set_mesh(trainer.programs.mesh),
+    checkpoint.Checkpoints(
+      workdir / "checkpoints",
+      keep=config.train.keep_checkpoints,
+      keep_best=config.train.keep_best,
+      best_metric=BEST_METRIC,
+    ) as checkpoints,
+  ):
     checkpoints.check_space(trainer.state)
     if checkpoints.latest is not None:
       run_log.check_same_run(workdir, config.to_dict(), MAY_CHANGE)
@@ -478,7 +485,8 @@ def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> bo
         best, trainer.state, trainer.programs.state_shardings
       )
       save_model(trainer, workdir / "best_model")
-      print(f"best was step {best}: {workdir}/best_model")
+      if processes.is_main():
+        print(f"best was step {best}: {workdir}/best_model")
   if processes.is_main():
     write_report(workdir, workdir.name, rows)
     print(f"wrote {workdir}/model, accuracy.json, accuracy.png, metrics.jsonl")
@@ -716,6 +724,7 @@ def abstract_run(
     "preference": ((), jnp.float32),
     "kind": ((), jnp.int32),
     "index": ((), jnp.int32),
+    "weight": ((), jnp.float32),
     "context": ((config.aot.text_tokens, backbone.context_dim), dtype),
     "pooled": ((backbone.pooled_dim,), dtype),
   }
@@ -757,6 +766,10 @@ def aot_report(
     config.model.attention_impl, build.dtype(config.model.dtype), target.kind
   )
   mesh = sharding.make_mesh(config.mesh.fsdp, target.devices, tensor=config.mesh.tensor)
+  if config.aot.pairs_per_device is not None:
+    devices = sharding.batch_size_divisor(mesh)
+    config.train.batch_size = config.aot.pairs_per_device * devices
+  config.eval.batch_size = config.train.batch_size  # which is not compiled
   step, args = abstract_run(config, mesh)
   programs = make_programs(config, mesh)
   images = 2 * config.train.batch_size
@@ -803,10 +816,9 @@ def main(argv: list[str]) -> None:
   checkpoint.report_failures_once()
   try:
     if _AOT.value is not None:
-      recipe = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-      report = aot_report(
-        _CONFIG.value, _AOT.value, _AOT_TARGET_CONFIG.value, recipe.stem
-      )
+      file = config_flags.get_config_filename(flags.FLAGS["config"])
+      recipe = pathlib.Path(file).name.replace(".py", "")  # sd35m, sd35m:full
+      report = aot_report(_CONFIG.value, _AOT.value, _AOT_TARGET_CONFIG.value, recipe)
       print(aot.format(report))
       if _AOT_OUT.value is not None:
         pathlib.Path(_AOT_OUT.value).write_text(

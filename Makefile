@@ -8,6 +8,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 # For instance PYTEST_ARGS="-m 'not slow'".
 PYTEST_ARGS ?=
+# Test files run side by side, in as many processes.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-stamp
@@ -58,7 +60,7 @@ quickstart: setup
 
 # Every test, the slow ones included. Those that need torch skip without it.
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-torch: setup-convert test
 

@@ -51,11 +51,11 @@ def make_base(path: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def records(count: int, seed: int = 0, **fields):
-  """Pairs of two sizes that can be told apart: the chosen latent is shifted."""
+def records(count: int, seed: int = 0, sizes=SIZES, **fields):
+  """Pairs of these sizes that can be told apart: the chosen latent is shifted."""
   rng = np.random.default_rng(seed)
   for i in range(count):
-    shape = (*SIZES[i % 3 == 0], CHANNELS)
+    shape = (*sizes[(i % 3 == 0) % len(sizes)], CHANNELS)
     yield dict(
       prompt=PROMPTS[rng.integers(1, len(PROMPTS))],
       chosen=rng.standard_normal(shape, np.float32) + 0.5,
@@ -64,11 +64,11 @@ def records(count: int, seed: int = 0, **fields):
     )
 
 
-def make_pairs(root: pathlib.Path) -> pathlib.Path:
+def make_pairs(root: pathlib.Path, sizes=SIZES) -> pathlib.Path:
   """Folders `train`, `held_out` and `prompts`."""
   for seed, (name, count) in enumerate((("train", 48), ("held_out", 20))):
     (root / name).mkdir(parents=True)
-    by_size = sorted(records(count, seed), key=lambda r: r["chosen"].shape)
+    by_size = sorted(records(count, seed, sizes), key=lambda r: r["chosen"].shape)
     parquet.write_part(root / name / "part.parquet", by_size, rows_per_group=8)
     parquet.write_index(root / name)
   rng = np.random.default_rng(2)
@@ -142,6 +142,8 @@ def start(
   script = ROOT / "train" / "reward.py"
   environment = os.environ | {
     "PYTHONPATH": str(ROOT),
+    # Starting again is most of these tests' time, and compiling most of starting.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     # Threads of XLA on a CPU. Collectives between processes block theirs: with as few
     # as this machine has cores, two processes can wait for each other for ever.
     "NPROC": "16",

@@ -182,9 +182,11 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_continues(
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_clear_error_and_the_older_checkpoint_stays(data, tmp_path):
+def test_a_full_disk_is_one_clear_error_and_the_older_checkpoint_stays(
+  one_size, tmp_path
+):
   """A limit on the size of files stands in for the disk: writes fail in the middle."""
-  config = runs.tiny("drm_sd35m", *data, tmp_path / "run")
+  config = runs.tiny("drm_sd35m", *one_size, tmp_path / "run")
   config.train.num_steps = 2
   runs.finish(runs.start(config), config)
   config.train.num_steps = 4

@@ -288,7 +288,7 @@ class PromptCacheWriter:
       return
     settings = Settings(**self._wanted)
     if not (self.folder / _CACHE).exists():
-      _write(self.folder / _CACHE, settings.to_json().encode())
+      _write(self.folder / _CACHE, settings.to_json().encode(), self._prefix)
     self._check(_read_settings(self.folder))  # another host may have been faster
     contexts, pooled = zip(*self._rows, strict=True)
     shard = safetensors.numpy.save(
@@ -300,7 +300,8 @@ class PromptCacheWriter:
       ),
     )
     ours = [p for p in _shard_paths(self.folder) if p.name.startswith(self._prefix)]
-    _write(self.folder / f"{self._prefix}{len(ours):06d}.safetensors", shard)
+    name = f"{self._prefix}{len(ours):06d}.safetensors"
+    _write(self.folder / name, shard, self._prefix)
     self._prompts, self._rows = [], []
 
   def __enter__(self) -> "PromptCacheWriter":
@@ -380,9 +381,13 @@ def _checksum(context: np.ndarray, pooled: np.ndarray) -> int:
   return functools.reduce(lambda sum_, part: zlib.crc32(part, sum_), parts, 0)
 
 
-def _write(path: pathlib.Path, data: bytes) -> None:
-  """All of it under this name, or nothing; what was there is replaced."""
-  partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+def _write(path: pathlib.Path, data: bytes, owner: str) -> None:
+  """All of it under this name, or nothing; what was there is replaced.
+
+  Args:
+    owner: the writer's prefix, by which it finds what a kill left behind.
+  """
+  partial = path.with_name(f".{owner}{path.name}.partial-{os.getpid()}")
   try:
     with open(partial, "wb") as file:
       file.write(data)

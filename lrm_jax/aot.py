@@ -24,7 +24,7 @@ import jax
 from jax.experimental import topologies
 from jaxlib import xla_client
 
-from lrm_jax import hlo
+from lrm_jax import hlo, sharding
 
 GIB = 2**30
 
@@ -371,7 +371,7 @@ def report(
     compile_seconds = time.perf_counter() - start
     available, memory = parsed
     if memory.arguments == 0:  # the error did not count them
-      arguments = argument_bytes(args)
+      arguments = sharding.bytes_per_device(args)
       memory = dataclasses.replace(
         memory, arguments=arguments, total=memory.total + arguments
       )
@@ -412,16 +412,6 @@ def report(
     jax_version=jax.__version__,
     settings=settings,
   )
-
-
-def argument_bytes(args: Any) -> int:
-  """Bytes of one chip's share of ShapeDtypeStructs with shardings, without padding."""
-  total = 0
-  for leaf in jax.tree.leaves(args):
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    # A key's dtype is extended: its itemsize is that of what it wraps.
-    total += math.prod(shape) * leaf.dtype.itemsize
-  return total
 
 
 def advise(

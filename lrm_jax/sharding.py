@@ -137,7 +137,7 @@ def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Bytes that one device (the first) holds of a tree of placed arrays."""
+  """Bytes that one device holds of a tree of placed arrays or ShapeDtypeStructs."""
   total = 0
   for leaf in jax.tree.leaves(tree):
     shape = leaf.sharding.shard_shape(leaf.shape)

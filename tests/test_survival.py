@@ -1,5 +1,7 @@
 """Training that is killed, interrupted or starved, in processes of its own."""
 
+from collections.abc import Iterator
+import contextlib
 import pathlib
 import random
 import shutil
@@ -105,7 +107,9 @@ def test_two_processes_equal_one(one_size, tmp_path):
     if name == "one":
       runs.finish(runs.start(config, devices=4), config)
     else:
-      run_two(config)
+      with two_processes(config, devices=2) as processes:
+        for i, process in enumerate(processes):
+          runs.finish(process, config, f"host{i}")
     results[name] = runs.metrics(config.workdir)
     # Every host read only its own rows, and together every row.
   for a, b in zip(results["one"], results["two"], strict=True):
@@ -127,7 +131,9 @@ def test_two_processes_equal_one(one_size, tmp_path):
     np.testing.assert_allclose(a["train/loss"], b["train/loss"], rtol=2e-3)
 
 
-def run_two(config) -> None:
+@contextlib.contextmanager
+def two_processes(config, devices: int) -> Iterator[list[subprocess.Popen]]:
+  """A run of two processes with so many devices each; none outlives the block."""
   port = runs.free_port()
   processes = [
     runs.start(
@@ -135,14 +141,13 @@ def run_two(config) -> None:
       f"--coordinator=127.0.0.1:{port}",
       "--num_processes=2",
       f"--process_id={i}",
-      devices=2,
+      devices=devices,
       name=f"host{i}",
     )
     for i in range(2)
   ]
   try:
-    for i, process in enumerate(processes):
-      runs.finish(process, config, f"host{i}")
+    yield processes
   finally:
     for process in processes:
       process.kill()
@@ -156,25 +161,11 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_the_run_continues(
   config.train.num_steps = 400
   config.train.checkpoint_every = 1000
   config.eval.every = 400
-  port = runs.free_port()
-  processes = [
-    runs.start(
-      config,
-      f"--coordinator=127.0.0.1:{port}",
-      "--num_processes=2",
-      f"--process_id={i}",
-      name=f"host{i}",
-    )
-    for i in range(2)
-  ]
-  try:
+  with two_processes(config, devices=1) as processes:
     assert interrupt(processes[1], config, 5, signal.SIGTERM)
     for i, process in enumerate(processes):
       output = runs.finish(process, config, f"host{i}")
       assert "stopped by a signal at step" in output
-  finally:
-    for process in processes:
-      process.kill()
   stopped = int(output.split("at step ")[1].split()[0])
   assert 5 <= stopped < 400
   config.train.num_steps = stopped + 2

@@ -99,7 +99,10 @@ def make_sampler(graphdef, config: ConfigDict) -> Callable:
 
   `inputs` is (cond, uncond); a scale of 1 is no guidance (and costs the same here).
   """
-  sigmas = flow.sampling_sigmas(config.samples.num_steps, config.noise.shift)
+  schedule = sample.make_schedule(
+    flow.sampling_sigmas(config.samples.num_steps, config.noise.shift)
+  )
+  ode = sample.SAMPLERS["euler"]
 
   def run(params, frozen, inputs, noise, scale):
     model = nnx.merge(graphdef, optim.join(params, frozen))
@@ -107,7 +110,9 @@ def make_sampler(graphdef, config: ConfigDict) -> Callable:
     def velocity(cond, x, sigma):
       return model(x, 1000.0 * sigma, cond)[0]
 
-    return sample.euler(sample.guide(velocity, scale), inputs, noise, sigmas)
+    return sample.rollout(
+      sample.guide(velocity, scale), inputs, noise, schedule, sampler=ode
+    )[0]
 
   return run
 

@@ -111,14 +111,15 @@ class SharedPrefix:
   explored step is free.
 
   Attributes:
-    prefix_fn: `(inputs, x, sigma) -> tokens`, a pytree with leading axis b.
+    prefix_fn: `(inputs, x, sigma) -> (tokens, taps)`, pytrees with leading axis b: the
+      state behind the first blocks, and what else the head reads of them.
     tail_fn: `tokens -> v`.
-    head_fn: `(reward_inputs, tokens) -> (n,)`.
+    head_fn: `(reward_inputs, (tokens, taps)) -> (n,)`.
     guidance_scale: None without guidance; else inputs are `(cond, uncond)`, and the
       reward scores cond. Reward inputs are prefix_fn's inputs.
   """
 
-  prefix_fn: Callable[[Any, jax.Array, jax.Array], Any]
+  prefix_fn: Callable[[Any, jax.Array, jax.Array], tuple[Any, Any]]
   tail_fn: Callable[[Any], jax.Array]
   head_fn: Callable[[Any, Any], jax.Array]
   guidance_scale: float | jax.Array | None = None
@@ -126,36 +127,39 @@ class SharedPrefix:
   @property
   def velocity_fn(self) -> sample.VelocityFn:
     """The whole generator."""
-    whole = lambda inputs, x, sigma: self.tail_fn(self.prefix_fn(inputs, x, sigma))  # noqa: E731
+    whole = lambda *args: self.tail_fn(self._tokens(*args))  # noqa: E731
     if self.guidance_scale is None:
       return whole
     return sample.guide(whole, self.guidance_scale)
 
+  def _tokens(self, inputs, x, sigma):
+    return self.prefix_fn(inputs, x, sigma)[0]
+
   def no_tokens(self, inputs: Any, x: jax.Array) -> Any:
     """Zeros in the shape of tokens."""
     cond = inputs if self.guidance_scale is None else inputs[0]
-    shapes = jax.eval_shape(self.prefix_fn, cond, x, jnp.zeros(len(x), jnp.float32))
+    shapes = jax.eval_shape(self._tokens, cond, x, jnp.zeros(len(x), jnp.float32))
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
   def velocity(self, inputs, x, sigma, tokens, known):
     if self.guidance_scale is None:
       tokens = jax.lax.cond(
-        known, lambda: tokens, lambda: self.prefix_fn(inputs, x, sigma)
+        known, lambda: tokens, lambda: self._tokens(inputs, x, sigma)
       )
       return self.tail_fn(tokens)
     cond, uncond = inputs
     tokens = jax.lax.cond(
       known,
-      lambda: sample.twice(tokens, self.prefix_fn(uncond, x, sigma)),
-      lambda: self.prefix_fn(
+      lambda: sample.twice(tokens, self._tokens(uncond, x, sigma)),
+      lambda: self._tokens(
         sample.twice(cond, uncond), sample.twice(x, x), sample.twice(sigma, sigma)
       ),
     )
     return sample.combine(self.tail_fn(tokens), self.guidance_scale)
 
   def score(self, inputs, x, sigma):
-    tokens = self.prefix_fn(inputs, x, sigma)
-    return self.head_fn(inputs, tokens), tokens
+    tokens, taps = self.prefix_fn(inputs, x, sigma)
+    return self.head_fn(inputs, (tokens, taps)), tokens
 
 
 Networks = Apart | SharedPrefix

@@ -331,15 +331,17 @@ def test_over_eight_devices_as_on_one():
 
 
 def prefix(inputs, x, sigma):
-  return {"y": jnp.sin(x * rows(inputs, x)) + rows(sigma, x), "s": sigma}
+  y = jnp.sin(x * rows(inputs, x)) + rows(sigma, x)
+  return {"y": y, "s": sigma}, y.mean(axis=(1, 2, 3))
 
 
 def tail(tokens):
   return tokens["y"] ** 2 - rows(tokens["s"], tokens["y"])
 
 
-def head(inputs, tokens):
-  return tokens["y"].mean(axis=(1, 2, 3)) * inputs
+def head(inputs, made):
+  tokens, tap = made
+  return tap * inputs - tokens["s"]
 
 
 def shared(guidance_scale, prefix_fn=prefix):
@@ -347,7 +349,7 @@ def shared(guidance_scale, prefix_fn=prefix):
 
 
 def apart(guidance_scale):
-  whole = lambda inputs, x, sigma: tail(prefix(inputs, x, sigma))  # noqa: E731
+  whole = lambda inputs, x, sigma: tail(prefix(inputs, x, sigma)[0])  # noqa: E731
   if guidance_scale is not None:
     whole = sample.guide(whole, guidance_scale)
   return explore.Apart(

@@ -1,0 +1,1 @@
+"""Alignment: objectives that turn rewards of samples into updates of a generator."""

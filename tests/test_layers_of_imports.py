@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, tuple[int, int]], ...] = (
     (2, 0),
   ),
   (r"lrm_jax\.build", (3, 0)),
-  (r"lrm_jax\.encoders", (3, 1)),
+  (r"lrm_jax\.(encoders|denoiser)", (3, 1)),
   (r"lrm_jax\.scorer", (3, 2)),
   (r"lrm_jax\.pipeline", (3, 3)),
   (r"lrm_jax\.benchmark_scores", (3, 3)),

@@ -26,6 +26,36 @@ class Cond:
 
 
 @struct.dataclass
+class Embedded:
+  """A prompt in the backbone's width: the text-side work of all noise levels.
+
+  Attributes:
+    context: (b l d) projected text tokens.
+    pooled: (b d) the prompt's part of temb.
+  """
+
+  context: Leaf
+  pooled: Leaf
+
+
+@struct.dataclass
+class Tokens:
+  """The state of a backbone between two blocks.
+
+  Attributes:
+    image: (b n d), n = grid[0] * grid[1].
+    text: (b l d).
+    temb: (b d) embedding of the noise level and of the pooled prompt.
+    grid: (height, width) of the image tokens; static under jit.
+  """
+
+  image: Leaf
+  text: Leaf
+  temb: Leaf
+  grid: tuple[int, int] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Features:
   """What a backbone hands to a reward head.
 

@@ -24,6 +24,7 @@ from lrm_jax.models.layers import Dtype
 
 NORM_EPS = 1e-6  # layer norms and query/key norms, as in the original
 TIME_DIM = 256  # width of the sinusoidal timestep embedding
+OUTPUT = ("out", "out_modulation")  # the parameters of the output layer
 
 # What the backward pass recomputes of each block: nothing, all but attention (a
 # quarter of a block's time and few bytes), everything.
@@ -212,6 +213,27 @@ class MMDiTConfig:
       text_taps=text_taps,
     )
 
+  def tail(self, start: int) -> "MMDiTConfig":
+    """The blocks that `truncate(start)` cuts off, and the output; without taps.
+
+    Raises:
+      ValueError: no block on one of the sides, or no output layer.
+    """
+    if not 1 <= start < self.num_layers:
+      raise ValueError(
+        f"cannot split {self.num_layers} blocks before block {start}: choose 1.."
+        f"{self.num_layers - 1}"
+      )
+    if not self.has_output:
+      raise ValueError("MMDiTConfig.has_output=False: a tail ends in the output layer")
+    return dataclasses.replace(
+      self,
+      num_layers=self.num_layers - start,
+      dual_layers=tuple(i - start for i in self.dual_layers if i >= start),
+      image_taps=(),
+      text_taps=(),
+    )
+
 
 def sincos_table(size: int, base: int, dim: int) -> np.ndarray:
   """The two factors of the 2-D sincos position table, `(2, size, dim / 2)` float32.
@@ -358,8 +380,8 @@ class Block(nnx.Module):
     return x, c
 
 
-class MMDiT(nnx.Module):
-  """The transformer: `(x, t, cond) -> (velocity or None, Features)`.
+class _Blocks(nnx.Module):
+  """Blocks and, where the config has one, the output layer behind them.
 
   Parameters of equal consecutive blocks are stacked: `blocks/<segment>/...` with a
   leading layer axis, the one canonical layout of checkpoints. With
@@ -383,15 +405,6 @@ class MMDiT(nnx.Module):
     if remat not in REMATS:
       raise ValueError(f"remat={remat!r}: use one of {', '.join(REMATS)}")
     d, p = config.width, config.patch_size
-    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    mlp = dict(act=jax.nn.silu, **kw)
-    self.patch_embed = layers.Dense(p * p * config.in_channels, d, **kw)
-    self.pos_embed = Table(
-      jnp.asarray(sincos_table(config.pos_embed_size, config.pos_embed_base, d))
-    )
-    self.time_embed = layers.Mlp(TIME_DIM, d, d, **mlp)
-    self.text_embed = layers.Mlp(config.pooled_dim, d, d, **mlp)
-    self.context_embed = layers.Dense(config.context_dim, d, **kw)
 
     def make_block(kind):
       dual, pre_only = kind
@@ -418,7 +431,9 @@ class MMDiT(nnx.Module):
         self.blocks.append(nnx.List([make(rngs) for _ in range(length)]))
 
     if config.has_output:
-      zero = dict(kernel_init=layers.zeros_init, **kw)
+      zero = dict(
+        kernel_init=layers.zeros_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+      )
       self.out_modulation = layers.Dense(d, 2 * d, **zero)
       self.out = layers.Dense(d, p * p * config.out_channels, **zero)
     self.config = config
@@ -426,50 +441,16 @@ class MMDiT(nnx.Module):
     self.remat = remat
     self.dtype = dtype
 
-  def __call__(
-    self, x: jax.Array, t: jax.Array, cond: features.Cond
-  ) -> tuple[jax.Array | None, features.Features]:
-    """Velocity and tapped tokens of a noisy latent.
+  def output(self, tokens: features.Tokens) -> jax.Array | None:
+    """Velocity (b H W out_channels) float32 of the tokens after the last block.
 
-    Args:
-      x: (b H W C) noisy latent; H and W multiples of the patch size, no larger than
-        the position table.
-      t: (b,) 1000 sigma.
-      cond: context (b l context_dim), pooled (b pooled_dim).
-
-    Returns: velocity (b H W out_channels) float32, None without an output layer; and
-      the Features with this config's taps.
+    None without an output layer.
     """
-    config = self.config
-    temb = self.time_embed(layers.timestep_embedding(t, TIME_DIM))
-    temb = temb + self.text_embed(cond.pooled)
-    c = self.context_embed(cond.context)
-    patches, grid = patchify(x, config.patch_size)
-    x = self.patch_embed(patches)
-    x = (x.astype(jnp.float32) + self._positions(grid)).astype(self.dtype)
-
-    x, c, image, text = self._run_blocks(x, c, temb)
-
-    velocity = None
-    if config.has_output:
-      scale, shift = jnp.split(self.out_modulation(jax.nn.silu(temb)), 2, axis=-1)
-      y = self.out(_modulate(x, shift, scale, self.dtype)).astype(jnp.float32)
-      velocity = unpatchify(y, grid, config.patch_size)
-    return velocity, features.Features(temb=temb, image=image, text=text, grid=grid)
-
-  def _positions(self, grid: tuple[int, int]) -> jax.Array:
-    """(n d) crop from the centre of the position table."""
-    size = self.config.pos_embed_size
-    h, w = grid
-    if h > size or w > size:
-      raise ValueError(
-        f"latent of {h}x{w} patches exceeds the position table of {size}x{size}"
-      )
-    cols, rows = self.pos_embed[...].astype(jnp.float32)
-    top, left = (size - h) // 2, (size - w) // 2
-    cols = jnp.broadcast_to(cols[None, left : left + w], (h, w, cols.shape[-1]))
-    rows = jnp.broadcast_to(rows[top : top + h, None], (h, w, rows.shape[-1]))
-    return jnp.concatenate([cols, rows], axis=-1).reshape(h * w, -1)
+    if not self.config.has_output:
+      return None
+    scale, shift = jnp.split(self.out_modulation(jax.nn.silu(tokens.temb)), 2, axis=-1)
+    y = self.out(_modulate(tokens.image, shift, scale, self.dtype))
+    return unpatchify(y.astype(jnp.float32), tokens.grid, self.config.patch_size)
 
   def _run_blocks(self, x, c, temb):
     """All blocks. Returns x, c and the tapped tokens of both streams."""
@@ -529,6 +510,111 @@ class MMDiT(nnx.Module):
     return sorted({t - start for t in taps if start < t < start + length} | {length})
 
 
+class MMDiT(_Blocks):
+  """The transformer: `(x, t, cond) -> (velocity or None, Features)`.
+
+  Parameters, `scan_blocks` and `remat`: see `_Blocks`.
+  """
+
+  def __init__(
+    self,
+    config: MMDiTConfig,
+    *,
+    scan_blocks: bool = True,
+    remat: str = "none",
+    attention_impl: str = "auto",
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    d, p = config.width, config.patch_size
+    kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    mlp = dict(act=jax.nn.silu, **kw)
+    self.patch_embed = layers.Dense(p * p * config.in_channels, d, **kw)
+    self.pos_embed = Table(
+      jnp.asarray(sincos_table(config.pos_embed_size, config.pos_embed_base, d))
+    )
+    self.time_embed = layers.Mlp(TIME_DIM, d, d, **mlp)
+    self.text_embed = layers.Mlp(config.pooled_dim, d, d, **mlp)
+    self.context_embed = layers.Dense(config.context_dim, d, **kw)
+    super().__init__(
+      config, scan_blocks=scan_blocks, remat=remat, attention_impl=attention_impl, **kw
+    )
+
+  def embed(self, cond: features.Cond) -> features.Embedded:
+    """What of a prompt's work depends on neither x nor t."""
+    return features.Embedded(
+      context=self.context_embed(cond.context), pooled=self.text_embed(cond.pooled)
+    )
+
+  def run(
+    self, x: jax.Array, t: jax.Array, cond: features.Cond | features.Embedded
+  ) -> tuple[features.Tokens, features.Features]:
+    """All blocks; arguments as of a call.
+
+    Returns: the tokens after the last block, and the Features with this config's taps.
+    """
+    text = self.embed(cond) if isinstance(cond, features.Cond) else cond
+    temb = self.time_embed(layers.timestep_embedding(t, TIME_DIM)) + text.pooled
+    patches, grid = patchify(x, self.config.patch_size)
+    x = self.patch_embed(patches)
+    x = (x.astype(jnp.float32) + self._positions(grid)).astype(self.dtype)
+    x, c, image_taps, text_taps = self._run_blocks(x, text.context, temb)
+    return (
+      features.Tokens(image=x, text=c, temb=temb, grid=grid),
+      features.Features(temb=temb, image=image_taps, text=text_taps, grid=grid),
+    )
+
+  def __call__(
+    self, x: jax.Array, t: jax.Array, cond: features.Cond | features.Embedded
+  ) -> tuple[jax.Array | None, features.Features]:
+    """Velocity and tapped tokens of a noisy latent.
+
+    Args:
+      x: (b H W C) noisy latent; H and W multiples of the patch size, no larger than
+        the position table.
+      t: (b,) 1000 sigma.
+      cond: context (b l context_dim), pooled (b pooled_dim); or what `embed` made of
+        it, which gives the same numbers.
+
+    Returns: velocity (b H W out_channels) float32, None without an output layer; and
+      the Features with this config's taps.
+    """
+    tokens, feats = self.run(x, t, cond)
+    return self.output(tokens), feats
+
+  def _positions(self, grid: tuple[int, int]) -> jax.Array:
+    """(n d) crop from the centre of the position table."""
+    size = self.config.pos_embed_size
+    h, w = grid
+    if h > size or w > size:
+      raise ValueError(
+        f"latent of {h}x{w} patches exceeds the position table of {size}x{size}"
+      )
+    cols, rows = self.pos_embed[...].astype(jnp.float32)
+    top, left = (size - h) // 2, (size - w) // 2
+    cols = jnp.broadcast_to(cols[None, left : left + w], (h, w, cols.shape[-1]))
+    rows = jnp.broadcast_to(rows[top : top + h, None], (h, w, rows.shape[-1]))
+    return jnp.concatenate([cols, rows], axis=-1).reshape(h * w, -1)
+
+
+class Tail(_Blocks):
+  """The rest of a transformer: `tokens -> velocity (b H W out_channels)` float32.
+
+  `MMDiT(full.truncate(start, has_output=False)).run` and then `Tail(full, start)` is
+  the whole of `full`; `split_params` makes both their parameters.
+
+  Keyword arguments as MMDiT's; `MMDiTConfig.tail` says what can be split.
+  """
+
+  def __init__(self, full: MMDiTConfig, start: int, **kw):
+    super().__init__(full.tail(start), **kw)
+
+  def __call__(self, tokens: features.Tokens) -> jax.Array:
+    x, c, _, _ = self._run_blocks(tokens.image, tokens.text, tokens.temb)
+    return self.output(tokens.replace(image=x, text=c))
+
+
 def patchify(x: jax.Array, p: int) -> tuple[jax.Array, tuple[int, int]]:
   """(b H W C) -> (b n p*p*C), grid (h, w); channels ordered (row, column, C).
 
@@ -563,8 +649,25 @@ def truncate_params(params: dict, full: MMDiTConfig, config: MMDiTConfig) -> dic
     )
   params["blocks"] = blocks
   if not config.has_output:
-    params = {k: v for k, v in params.items() if k not in ("out", "out_modulation")}
+    params = {k: v for k, v in params.items() if k not in OUTPUT}
   return params
+
+
+def split_params(params: dict, full: MMDiTConfig, start: int) -> tuple[dict, dict]:
+  """Stacked parameters of `full` -> those of its first `start` blocks and of its Tail.
+
+  Of numpy parameters both are views. (`MMDiTConfig.tail` says what can be split.)
+  """
+  segments = full.tail(start).segments
+  first = len(full.segments) - len(segments)  # the segment that holds block `start`
+  tail: dict = {"blocks": {}}
+  for i, kept in enumerate(segments):
+    stack, length = params["blocks"][first + i], full.segments[first + i]
+    tail["blocks"][i] = (
+      stack if kept == length else jax.tree.map(lambda a, n=kept: a[-n:], stack)
+    )
+  tail |= {name: params[name] for name in OUTPUT}
+  return truncate_params(params, full, full.truncate(start, has_output=False)), tail
 
 
 def unstack_params(params: dict) -> dict:

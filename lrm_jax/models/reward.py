@@ -155,7 +155,7 @@ class RewardModel(nnx.Module):
     self,
     x: jax.Array,
     sigma: jax.Array,
-    cond: features.Cond,
+    cond: features.Cond | features.Embedded,
     key: jax.Array | None = None,
   ) -> jax.Array:
     """Raw score of each noisy latent.
@@ -163,16 +163,27 @@ class RewardModel(nnx.Module):
     Args:
       x: (b H W C) latent at noise level sigma, scaled as SD3.5's.
       sigma: (b,) in [0, 1]; 0 scores a clean latent.
-      cond: the prompts.
+      cond: the prompts, or what `backbone.embed` made of them.
       key: turns the head's dropout on (training only).
 
     Returns: (b,) float32.
     """
-    velocity, feats = self.backbone(x, 1000.0 * sigma, cond)
-    return self._squash(self.head(velocity, feats, key))
+    return self.score(*self.backbone.run(x, 1000.0 * sigma, cond), key)
+
+  def score(
+    self,
+    tokens: features.Tokens,
+    feats: features.Features,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
+    """(b,) float32: a call's second half, from what `backbone.run` returns."""
+    return self._squash(self.head(self.backbone.output(tokens), feats, key))
 
   def ensemble(
-    self, xs: jax.Array, sigmas: jax.Array, cond: features.Cond
+    self,
+    xs: jax.Array,
+    sigmas: jax.Array,
+    cond: features.Cond | features.Embedded,
   ) -> jax.Array:
     """One score from several noise levels: their tokens meet in one head pass.
 
@@ -182,7 +193,7 @@ class RewardModel(nnx.Module):
     Args:
       xs: (k b H W C) the same latents at k noise levels.
       sigmas: (k b).
-      cond: (b ...) the prompts.
+      cond: (b ...) the prompts, or what `backbone.embed` made of them.
 
     Returns: (b,) float32.
 

@@ -217,7 +217,7 @@ def start(networks: Networks, inputs: Any, x: jax.Array, options: Explore) -> Ca
   if x.shape[1] != options.beam:
     raise ValueError(f"x of shape {x.shape} has {x.shape[1]} beams, not {options.beam}")
   x = x.astype(jnp.float32)
-  tokens = networks.no_tokens(_repeat(inputs, options.beam), _flat(x))
+  tokens = networks.no_tokens(repeat_rows(inputs, options.beam), _flat(x))
   return Carry(x, tokens, jnp.zeros((), bool))
 
 
@@ -244,8 +244,8 @@ def advance(
   b, m = carry.x.shape[:2]
   k, n, latent = options.candidates, options.num, carry.x.shape[2:]
   # Outside the loop, where it happens once.
-  inputs = _repeat(inputs, m)
-  scored_inputs = _repeat(reward_inputs, options.chunk or n)
+  inputs = repeat_rows(inputs, m)
+  scored_inputs = repeat_rows(reward_inputs, options.chunk or n)
 
   def step(carry: Carry, at: sample.Schedule):
     x = _flat(carry.x)
@@ -276,7 +276,7 @@ def advance(
     def compare():
       every = draw(jnp.arange(n), k)
       candidates = every.reshape(b, n, *latent)
-      scores, tokens = _score(
+      scores, tokens = score_candidates(
         networks, scored_inputs, candidates, at.sigma_next, options
       )
       chosen = choose(scores, options, keys=keys, index=at.index)
@@ -338,8 +338,8 @@ def finish(
   """The result: of several beams the one that scores best at its noise level."""
   if options.beam == 1:
     return carry.x[:, 0]
-  inputs = _repeat(reward_inputs, options.beam)
-  scores, _ = _score(
+  inputs = repeat_rows(reward_inputs, options.beam)
+  scores, _ = score_candidates(
     networks, inputs, carry.x, sigma, dataclasses.replace(options, chunk=None)
   )
   best = jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf), axis=1)
@@ -411,10 +411,22 @@ def choose(
   return jax.lax.top_k(merit, options.beam)[1].astype(jnp.int32)
 
 
-def _score(networks, inputs, candidates, sigma, options: Explore):
+def score_candidates(
+  networks: Networks,
+  inputs: Any,
+  candidates: Float[Array, "b n H W C"],
+  sigma: ArrayLike,
+  options: Explore,
+) -> tuple[Float[Array, "b n"], Any]:
   """Scores (b n) float32 of candidates (b n H W C), and their tokens (b n ...).
 
-  `inputs` are repeated for a chunk of the candidates.
+  Args:
+    inputs: each row as often as candidates are scored at a time: `options.chunk`
+      times, or n (`repeat_rows`).
+    sigma: scalar, their noise level.
+
+  Raises:
+    ValueError: the reward returned another shape.
   """
   b, n, *latent = candidates.shape
   chunk = options.chunk or n
@@ -438,7 +450,7 @@ def _score(networks, inputs, candidates, sigma, options: Explore):
   return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(b, n, *a.shape[3:]), made)
 
 
-def _repeat(tree: Any, times: int) -> Any:
+def repeat_rows(tree: Any, times: int) -> Any:
   """Each row `times` in a row."""
   if times == 1:
     return tree
@@ -506,7 +518,7 @@ def best_of_n(
     x, _ = explore(
       networks, inputs, reward_inputs, x, schedule, once, keys=keys, sampler=sampler
     )
-    scores, _ = _score(
+    scores, _ = score_candidates(
       networks, reward_inputs, x[:, None], schedule.sigma_next[-1], once
     )
     return x, scores[:, 0]

@@ -1,10 +1,11 @@
 """Which parameters are trained, and how: regex tables and an optax chain."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lrm_jax import weights
@@ -78,6 +79,30 @@ def make_tx(
     optax.clip_by_global_norm(clip_norm),
     optax.adamw(schedule, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay),
   )
+
+
+def mean_gradients(
+  loss_fn: Callable[[Any, Any], tuple[jax.Array, Any]], params: Any, items: Any
+) -> tuple[jax.Array, Any, Any]:
+  """Gradient of the mean loss over micro-batches, one after another, in float32.
+
+  Args:
+    loss_fn: `(params, item) -> (loss, aux)`.
+    items: pytree whose leading axis counts micro-batches.
+
+  Returns: mean loss, aux of all micro-batches (stacked), mean gradients.
+  """
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def micro(total, item):
+    (loss, aux), grads = value_and_grad(params, item)
+    return jax.tree.map(jnp.add, total, (loss, grads)), aux
+
+  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+  total, aux = jax.lax.scan(micro, (jnp.float32(0), zeros), items)
+  count = len(jax.tree.leaves(items)[0])
+  loss, grads = jax.tree.map(lambda t: t / count, total)
+  return loss, aux, grads
 
 
 def ema_update(ema: Any, params: Any, decay: float) -> Any:

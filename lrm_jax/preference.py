@@ -100,9 +100,9 @@ def make_train_step(
       )
       return jnp.mean(loss_fn(*scores, sigma, preference)), scores
 
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
     rows = (x, sigma, cond, batch["preference"])
     if accumulate == 1:
+      value_and_grad = jax.value_and_grad(objective, has_aux=True)
       (loss, scores), grads = value_and_grad(state.params, *rows, keys[2])
     else:
 
@@ -110,17 +110,12 @@ def make_train_step(
         a = a.reshape(-1, accumulate, *a.shape[1:])
         return jnp.moveaxis(constrain(a), 1, 0)
 
-      def micro(carry, inputs):
-        *rows, dropout_key = inputs
-        (loss, scores), grads = value_and_grad(
-          state.params, *constrain(tuple(rows)), dropout_key
-        )
-        return jax.tree.map(jnp.add, carry, (loss, grads)), scores
+      def micro(params, item):
+        *rows, dropout_key = item
+        return objective(params, *constrain(tuple(rows)), dropout_key)
 
-      zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-      inputs = (*jax.tree.map(split, rows), jax.random.split(keys[2], accumulate))
-      total, scores = jax.lax.scan(micro, (jnp.float32(0), zeros), inputs)
-      loss, grads = jax.tree.map(lambda t: t / accumulate, total)
+      items = (*jax.tree.map(split, rows), jax.random.split(keys[2], accumulate))
+      loss, scores, grads = optim.mean_gradients(micro, state.params, items)
 
     r_chosen, r_rejected = scores
     metrics = {

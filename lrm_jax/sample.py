@@ -131,17 +131,35 @@ def cps_log_prob(
   return -jnp.mean(squares, axis=tuple(range(1, error.ndim)))
 
 
+def sde_kl_std(std: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> jax.Array:
+  """s, the deviation without its `sqrt(-dt)`: what Flow-GRPO's KL divides by."""
+  dt = jnp.asarray(sigma_next, jnp.float32) - jnp.asarray(sigma, jnp.float32)
+  return std / jnp.sqrt(-dt).reshape(jnp.shape(std))
+
+
+def cps_kl_std(std: ArrayLike, sigma: ArrayLike, sigma_next: ArrayLike) -> jax.Array:
+  """The deviation itself."""
+  del sigma, sigma_next
+  return jnp.asarray(std)
+
+
 class Sampler(NamedTuple):
-  """A transition, and the log-probability that belongs to it (None: there is none)."""
+  """A transition, and what policy gradients need to know of it.
+
+  Attributes:
+    log_prob: `(x_next, mean, std) -> (b,)`; None if there is none.
+    kl_std: `(std, sigma, sigma_next) -> std` of the KL divergence; likewise.
+  """
 
   transition: Transition
-  log_prob: LogProb | None
+  log_prob: LogProb | None = None
+  kl_std: Transition | None = None
 
 
 SAMPLERS = {
-  "euler": Sampler(euler, None),
-  "sde": Sampler(flow_sde, gaussian_log_prob),
-  "cps": Sampler(cps, cps_log_prob),
+  "euler": Sampler(euler),
+  "sde": Sampler(flow_sde, gaussian_log_prob, sde_kl_std),
+  "cps": Sampler(cps, cps_log_prob, cps_kl_std),
 }
 SDE = SAMPLERS["sde"]
 

@@ -6,10 +6,14 @@ the worst are a pair, if the scores are far enough apart for that noise level.
 Axes: b states, k candidates.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
+
+from lrm_jax import sample
 
 
 def select_pairs(
@@ -61,3 +65,53 @@ def step_preference(
   log_ratio = log_prob.astype(jnp.float32) - ref_log_prob.astype(jnp.float32)
   log_ratio = jnp.clip(log_ratio, jnp.log1p(-ratio_clip), jnp.log1p(ratio_clip))
   return -jax.nn.log_sigmoid(beta * (log_ratio[:, 0] - log_ratio[:, 1]))
+
+
+def step_loss(
+  velocity_fn: sample.VelocityFn,
+  reference_fn: sample.VelocityFn,
+  inputs: Any,
+  x: Float[Array, "b H W C"],
+  x_next: Float[Array, "b k H W C"],
+  scores: Float[Array, "b k"],
+  at: sample.Schedule,
+  *,
+  sampler: sample.Sampler = sample.SDE,
+  threshold: ArrayLike,
+  beta: float = 500.0,
+  ratio_clip: float = 0.1,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Mean loss over the valid pairs of one step; 0 where there are none.
+
+  Args:
+    velocity_fn, reference_fn: the policy, now and before training.
+    x_next, scores: candidates and their scores, as `experience.candidates` gives them.
+    at: one step of the schedule: scalars.
+    others: of `select_pairs` and `step_preference`.
+
+  Returns: the loss, and diagnostics `valid` (share of states with a pair), `gap`,
+    `margin` (mean log-ratio of the best less that of the worst).
+  """
+  b = len(x)
+  pairs, valid, gap = select_pairs(scores, threshold)
+  valid = valid & (at.noise_level > 0)
+  nexts = jnp.take_along_axis(x_next, pairs[:, :, None, None, None], axis=1)
+  sigma = jnp.broadcast_to(at.sigma, (b,))
+
+  def log_prob(v):
+    mean, std = sampler.transition(x, v, at.sigma, at.sigma_next, at.noise_level)
+    flat = nexts.reshape(2 * b, *x.shape[1:])
+    return sampler.log_prob(flat, jnp.repeat(mean, 2, axis=0), std).reshape(b, 2)
+
+  ours = log_prob(velocity_fn(inputs, x, sigma))
+  theirs = jax.lax.stop_gradient(log_prob(reference_fn(inputs, x, sigma)))
+  losses = step_preference(ours, theirs, beta=beta, ratio_clip=ratio_clip)
+  count = jnp.maximum(valid.sum(), 1)
+  margin = (ours - theirs) @ jnp.array([1.0, -1.0])
+  metrics = {
+    "valid": jnp.mean(valid.astype(jnp.float32)),
+    "gap": jnp.mean(gap),
+    "margin": jnp.sum(jnp.where(valid, margin, 0)) / count,
+  }
+  loss = jnp.sum(jnp.where(valid, losses, 0)) / count
+  return loss, jax.tree.map(jax.lax.stop_gradient, metrics)

@@ -5,14 +5,18 @@ samples of one prompt and gives every step of a sample the same advantage; Step-
 compares the k candidates of one step. Everything is float32, per example; the caller
 averages.
 
-Axes: n transitions, g members of a group.
+Axes: n transitions, g members of a group, b states, k next states of a state.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
+
+from lrm_jax import sample
 
 STD_EPS = 1e-4  # Flow-GRPO's; also what makes advantages of equal rewards 0
 
@@ -116,3 +120,63 @@ def transition_kl(
     std = std.reshape(-1, *(1,) * (mean.ndim - 1))
   kl = (mean - mean_ref) ** 2 / (2 * std**2)
   return jnp.mean(kl, axis=tuple(range(1, kl.ndim)))
+
+
+def step_loss(
+  velocity_fn: sample.VelocityFn,
+  reference_fn: sample.VelocityFn | None,
+  inputs: Any,
+  x: Float[Array, "b H W C"],
+  x_next: Float[Array, "b k H W C"],
+  old_log_prob: Float[Array, "b k"] | None,
+  advantages: Float[Array, "b k"],
+  at: sample.Schedule,
+  *,
+  sampler: sample.Sampler = sample.SDE,
+  clip_range: ArrayLike,
+  kl_coef: ArrayLike = 0.0,
+  max_advantage: ArrayLike = 5.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Mean loss of one step's transitions: clipped objective, and KL to a reference.
+
+  The k next states of a state share one velocity, so that Step-GRPO's update costs no
+  more than Flow-GRPO's, which has k = 1.
+
+  Args:
+    velocity_fn: the policy.
+    reference_fn: the policy before training; None without a KL term.
+    old_log_prob: under the policy that drew x_next. None: that is the present one, and
+      the ratio is 1 to the last bit.
+    at: one step of the schedule: scalars.
+
+  Returns: the loss, and diagnostics as of `clipped_objective`, with `kl`.
+  """
+  b, k = x_next.shape[:2]
+  sigma = jnp.broadcast_to(at.sigma, (b,))
+  v = velocity_fn(inputs, x, sigma)
+  mean, std = sampler.transition(x, v, at.sigma, at.sigma_next, at.noise_level)
+  log_prob = sampler.log_prob(
+    x_next.reshape(b * k, *x.shape[1:]), jnp.repeat(mean, k, axis=0), std
+  )
+  if old_log_prob is None:
+    old = jax.lax.stop_gradient(log_prob)
+  else:
+    old = old_log_prob.reshape(b * k)
+  loss, metrics = clipped_objective(
+    log_prob,
+    old,
+    advantages.reshape(b * k),
+    clip_range=clip_range,
+    max_advantage=max_advantage,
+  )
+  loss = jnp.mean(loss)
+  if reference_fn is not None:
+    v_ref = jax.lax.stop_gradient(reference_fn(inputs, x, sigma))
+    mean_ref, _ = sampler.transition(x, v_ref, at.sigma, at.sigma_next, at.noise_level)
+    kl_std = sampler.kl_std(std, at.sigma, at.sigma_next)
+    drawn = kl_std > 0  # a step without noise is no policy
+    kl = transition_kl(mean, mean_ref, jnp.where(drawn, kl_std, 1))
+    kl = jnp.mean(jnp.where(drawn, kl, 0))
+    loss = loss + kl_coef * kl
+    metrics = {**metrics, "kl": jax.lax.stop_gradient(kl)}
+  return loss, metrics

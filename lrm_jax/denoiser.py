@@ -209,7 +209,7 @@ def load(
     for name, path in rewards.items()
   }
   for name, config in configs.items():
-    _check_inputs(name, config.backbone, full)
+    check_inputs(name, config.backbone, full)
 
   on_generator = {
     name: configs[name].backbone.num_layers
@@ -232,9 +232,14 @@ def load(
   return dataclasses.replace(denoiser, params=params, rewards=parts)
 
 
-def _check_inputs(
+def check_inputs(
   name: str, backbone: mmdit.MMDiTConfig, full: mmdit.MMDiTConfig
 ) -> None:
+  """Checks that a reward reads the generator's prompts and latents.
+
+  Raises:
+    ValueError: it does not.
+  """
   for field in ("context_dim", "pooled_dim", "in_channels"):
     found, want = getattr(backbone, field), getattr(full, field)
     if found != want:

@@ -19,7 +19,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
 from lrm_jax import sample
@@ -334,16 +334,16 @@ def finish(
   carry: Carry,
   sigma: ArrayLike,
   options: Explore,
-) -> Float[Array, "b H W C"]:
-  """The result: of several beams the one that scores best at its noise level."""
+) -> tuple[Float[Array, "b H W C"], Int[Array, " b"]]:
+  """The result, and which beam it was: the one that scores best at its noise level."""
   if options.beam == 1:
-    return carry.x[:, 0]
+    return carry.x[:, 0], jnp.zeros(len(carry.x), jnp.int32)
   inputs = repeat_rows(reward_inputs, options.beam)
   scores, _ = score_candidates(
     networks, inputs, carry.x, sigma, dataclasses.replace(options, chunk=None)
   )
   best = jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf), axis=1)
-  return _take(carry.x, best[:, None])[:, 0]
+  return _take(carry.x, best[:, None])[:, 0], best.astype(jnp.int32)
 
 
 def explore(
@@ -387,7 +387,8 @@ def explore(
     trajectory=trajectory,
   )
   last = schedule.sigma_next[-1]
-  return finish(networks, reward_inputs, carry, last, options), steps
+  x, _ = finish(networks, reward_inputs, carry, last, options)
+  return x, steps
 
 
 def choose(

@@ -165,7 +165,11 @@ def write_run_info(
 
 
 def check_same_run(
-  folder: str | os.PathLike, config: Mapping[str, Any], may_change: str
+  folder: str | os.PathLike,
+  config: Mapping[str, Any],
+  may_change: str,
+  *,
+  hint: str = "choose another workdir or delete it",
 ) -> None:
   """Compares the config of the run that left its traces in a folder with this one.
 
@@ -173,6 +177,7 @@ def check_same_run(
     config: a plain nested dict, as for `write_run_info`.
     may_change: regex of the dotted names of settings in which a run and its
       continuation may differ; any other would make the result neither run's.
+    hint: what the error says one can do.
 
   Raises:
     ValueError: no run.json, or they differ in more; every difference is listed.
@@ -192,8 +197,7 @@ def check_same_run(
   ]
   if differences:
     raise ValueError(
-      f"{folder} holds a run with other settings; choose another workdir or delete "
-      "it\n  " + "\n  ".join(differences)
+      f"{folder} holds a run with other settings; {hint}\n  " + "\n  ".join(differences)
     )
 
 

@@ -39,12 +39,19 @@ ENCODE_PIXELS = 1 << 22
 # that another level compiles nothing.
 
 
-def _noised(x0, key, ids, u_bits, nth, sigma):
+def noised(x0, key, ids, u_bits, nth, sigma):
   """Each latent at noise level sigma, with its own noise.
 
   The noise of a sample depends on the key, the sample's id, u, and how often this u
   came before in the list: not on the batch that the sample is in, nor on the other
   levels that are asked for.
+
+  Args:
+    x0: (b H W C) clean latents.
+    ids: (b) uint32.
+    u_bits: uint32, the bits of the float32 u.
+    nth: uint32, how often this u came before.
+    sigma: (b).
   """
   key = jax.random.fold_in(jax.random.fold_in(key, u_bits), nth)
 
@@ -155,7 +162,7 @@ class Scorer:
     self._t5_length = t5_length
     self._text_part: encoders.TextEncoder | None = None
     self._vae_part: _Vae | None = None
-    self._noised_jit = jax.jit(_noised)
+    self._noised_jit = jax.jit(noised)
     self._score_jit = jax.jit(functools.partial(_score, model.graphdef))
     self._ensemble_jit = jax.jit(functools.partial(_ensemble, model.graphdef))
 
@@ -196,7 +203,7 @@ class Scorer:
     if scan_blocks is None:
       scan_blocks = jax.default_backend() != "gpu"
     folder = pathlib.Path(folder)
-    _require(folder, ("reward",), "scoring")
+    require(folder, ("reward",), "scoring")
     model, scoring = build.load_reward(
       folder,
       dtype=build.dtype(dtype),
@@ -205,11 +212,7 @@ class Scorer:
     )
     if exact_levels:
       scoring = dataclasses.replace(scoring, table=False)
-    table = None
-    if scoring.table:
-      _require(folder, ("scheduler",), "looking up noise levels")
-      schedule = folder_lib.find(folder, "scheduler")[1]
-      table = flow.train_sigmas(schedule["shift"], schedule["num_train_timesteps"])
+    table = sigma_table(folder, scoring)
     model = dataclasses.replace(model, params=build.to_device(model.params))
     return cls(
       folder, model, scoring, sigma_table=table, dtype=dtype, t5_length=t5_length
@@ -315,7 +318,7 @@ class Scorer:
     Raises:
       ValueError: u outside [0, 1], or none.
     """
-    return self._levels(u)[1]
+    return noise_levels(u, self._sigma_table)[1]
 
   def score(
     self,
@@ -357,7 +360,7 @@ class Scorer:
     """
     if u is None:
       u = self.scoring.u_generated if generated else self.scoring.u_image
-    us, sigmas = self._levels(u)
+    us, sigmas = noise_levels(u, self._sigma_table)
     data = self._check(latents, cond, noise, indices, len(us))
     self._check_noise(us, sigmas, key, noise)
     rows = _batch_rows(data.num, batch_size)
@@ -393,7 +396,7 @@ class Scorer:
     self._check_mode(mode)
     if np.ndim(us) != 1:
       raise ValueError(f"us={us!r} must be a sequence of noise levels")
-    us, sigmas = self._levels(us)
+    us, sigmas = noise_levels(us, self._sigma_table)
     data = self._check(latents, cond, noise, indices, len(us))
     self._check_noise(us, sigmas, key, noise)
     rows = _batch_rows(data.num, batch_size)
@@ -440,7 +443,7 @@ class Scorer:
 
     DiNa-LRM: (raw + 10) / 10. DRM: raw.
     """
-    return (np.asarray(raw) + self.scoring.offset) / self.scoring.scale
+    return report(raw, self.scoring)
 
   def score_images(
     self,
@@ -481,7 +484,9 @@ class Scorer:
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     pairs = pair_up(len(images), len(prompts), all_pairs)
-    us, sigmas = self._levels(self.scoring.u_image if us is None else us)
+    us, sigmas = noise_levels(
+      self.scoring.u_image if us is None else us, self._sigma_table
+    )
     self._check_noise(us, sigmas, key, None)
     if ensemble is not None:
       self._check_mode(ensemble)
@@ -553,7 +558,7 @@ class Scorer:
 
   def _text(self) -> encoders.TextEncoder:
     if self._text_part is None:
-      _require(self.folder, ("clip_l", "clip_g", "tokenizers"), "encoding prompts")
+      require(self.folder, ("clip_l", "clip_g", "tokenizers"), "encoding prompts")
       self._text_part = encoders.TextEncoder(
         self.folder,
         t5_length=self._t5_length,
@@ -564,23 +569,13 @@ class Scorer:
 
   def _vae(self) -> _Vae:
     if self._vae_part is None:
-      _require(self.folder, ("vae",), "encoding images")
+      require(self.folder, ("vae",), "encoding images")
       model = build.load_vae(self.folder)
       encode = functools.partial(encoders.encode_image, model.graphdef, model.config)
       self._vae_part = _Vae(
         model.config, build.to_device(model.params), jax.jit(encode)
       )
     return self._vae_part
-
-  def _levels(self, u: float | Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """(k) u and (k) sigma, float32."""
-    # Adding zero turns -0 into 0, which has other bits.
-    us = np.atleast_1d(np.asarray(u, np.float32)) + np.float32(0)
-    if us.ndim != 1 or not us.size or not np.all((us >= 0) & (us <= 1)):
-      raise ValueError(f"u={u!r} must be a noise level in [0, 1], or a list of them")
-    if self._sigma_table is None:
-      return us, us
-    return us, np.asarray(flow.nearest_sigma(us, self._sigma_table))
 
   def _check(self, latents, cond, noise, indices, num_levels: int) -> "_Rows":
     if not isinstance(latents, jax.Array):
@@ -701,7 +696,7 @@ class Scorer:
   @functools.cached_property
   def _multiple(self) -> int:
     """Pixels per patch: 16 for SD3.5. From the config, without loading the VAE."""
-    _require(self.folder, ("vae",), "encoding images")
+    require(self.folder, ("vae",), "encoding images")
     entry = folder_lib.find(self.folder, "vae")[1]
     config = build.config_from_dict(entry["config"])
     return config.downsampling * self.config.backbone.patch_size
@@ -783,8 +778,12 @@ def _finite(scores: np.ndarray) -> np.ndarray:
   return scores
 
 
-def _require(folder: pathlib.Path, names: Sequence[str], purpose: str) -> None:
-  """All of these components, in the folder or its bases."""
+def require(folder: str | os.PathLike, names: Sequence[str], purpose: str) -> None:
+  """Checks that a folder or its bases hold all of these components.
+
+  Raises:
+    FolderError: one is missing; `purpose` says what needs it.
+  """
   folder_lib.read_config(folder)
   for name in names:
     try:
@@ -794,6 +793,43 @@ def _require(folder: pathlib.Path, names: Sequence[str], purpose: str) -> None:
         f"{purpose} needs {name!r}, but {e}: convert again, from a checkpoint that "
         "holds it"
       ) from e
+
+
+def sigma_table(
+  folder: str | os.PathLike, scoring: reward.ScoringConfig
+) -> np.ndarray | None:
+  """The noise levels that u is looked up among; None where it is taken as it is.
+
+  Raises:
+    FolderError: the folder has no scheduler.
+  """
+  if not scoring.table:
+    return None
+  require(folder, ("scheduler",), "looking up noise levels")
+  schedule = folder_lib.find(folder, "scheduler")[1]
+  return flow.train_sigmas(schedule["shift"], schedule["num_train_timesteps"])
+
+
+def noise_levels(
+  u: float | Sequence[float], table: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+  """(k) u and the (k) sigma that they stand for, float32; see `sigma_table`.
+
+  Raises:
+    ValueError: u outside [0, 1], or none.
+  """
+  # Adding zero turns -0 into 0, which has other bits.
+  us = np.atleast_1d(np.asarray(u, np.float32)) + np.float32(0)
+  if us.ndim != 1 or not us.size or not np.all((us >= 0) & (us <= 1)):
+    raise ValueError(f"u={u!r} must be a noise level in [0, 1], or a list of them")
+  if table is None:
+    return us, us
+  return us, np.asarray(flow.nearest_sigma(us, table))
+
+
+def report(raw: np.ndarray, scoring: reward.ScoringConfig) -> np.ndarray:
+  """Raw scores on the scale that the model's authors report."""
+  return (np.asarray(raw) + scoring.offset) / scoring.scale
 
 
 def _distinct(prompts: Sequence[str]) -> tuple[list[str], np.ndarray]:

@@ -133,7 +133,7 @@ def _tokenize(tokenizer: Any, prompts: list[str], length: int, name: str) -> np.
     others = f", and {len(long) - 1} more of these prompts" if len(long) > 1 else ""
     warnings.warn(
       f"{name} keeps {length} of the {len(ids)} tokens of the prompt "
-      f"{prompts[long[0]]!r}; lost is {lost!r}{others}",
+      f"{_shorten(prompts[long[0]], 300)!r}; lost is {_shorten(lost, 100)!r}{others}",
       stacklevel=3,
     )
   ids = tokenizer(
@@ -144,3 +144,7 @@ def _tokenize(tokenizer: Any, prompts: list[str], length: int, name: str) -> np.
     add_special_tokens=True,
   )["input_ids"]
   return np.asarray(ids, np.int32)
+
+
+def _shorten(text: str, length: int) -> str:
+  return text if len(text) <= length else f"{text[: length - 4]} ..."

@@ -255,7 +255,8 @@ def test_a_schedule_in_parts_is_the_schedule(stride):
   for i in range(0, len(ALL), stride):
     carry, steps = advance(carry, ALL[i : i + stride])
     scores.append(steps.scores)
-  out = explore.finish(APART, inputs, carry, SIGMAS[-1], options)
+  out, beam = explore.finish(APART, inputs, carry, SIGMAS[-1], options)
+  np.testing.assert_array_equal(out, carry.x[jnp.arange(3), beam])
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(np.concatenate(scores), want_steps.scores, rtol=1e-5)
 

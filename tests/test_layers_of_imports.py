@@ -25,13 +25,13 @@ LEVELS: tuple[tuple[str, tuple[int, int]], ...] = (
   (r"lrm_jax\.models\.(mmdit|vae|clip|t5|qformer_head|conv_head)", (1, 2)),
   (r"lrm_jax\.models\.reward", (1, 3)),
   (
-    r"lrm_jax\.(align\.\w+|data\.\w+|sample|explore|rewards|weights|optim|train_state|checkpoint"
-    r"|folder|text|run_log|plots|processes|aot|preference|evaluation)",
+    r"lrm_jax\.(align\.\w+|data\.\w+|sample|explore|rewards|steering|weights|optim|train_state"
+    r"|checkpoint|folder|text|run_log|plots|processes|aot|preference|evaluation)",
     (2, 0),
   ),
   (r"lrm_jax\.build", (3, 0)),
   (r"lrm_jax\.(encoders|denoiser)", (3, 1)),
-  (r"lrm_jax\.scorer", (3, 2)),
+  (r"lrm_jax\.(scorer|policy)", (3, 2)),
   (r"lrm_jax\.pipeline", (3, 3)),
   (r"lrm_jax\.benchmark_scores", (3, 3)),
   (r"lrm_jax\.(score|generate)", (4, 0)),

@@ -4,6 +4,7 @@ The adapter's arithmetic lives in `layers.Dense`; here is where adapters go and 
 they start.
 """
 
+from collections.abc import Iterable, Sequence
 import dataclasses
 import re
 
@@ -53,26 +54,45 @@ def add_adapters(
   Raises:
     ValueError: a target that matches no layer.
   """
-  unused = set(config.targets)
-  for path, module in list(nnx.iter_modules(model)):
-    if not isinstance(module, layers.Dense):
-      continue
-    name = "/".join(str(k) for k in path if not isinstance(k, int))
-    hits = [t for t in config.targets if re.search(rf"(^|/)(?:{t})$", name)]
-    unused -= set(hits)
-    if hits:
-      _attach(module, config, param_dtype, rngs)
-  if unused:
-    raise ValueError(f"LoRA targets {sorted(unused)} match no layer of the model")
+  if unused := sorted(set(config.targets) - set(targets_in(model, config.targets))):
+    raise ValueError(f"LoRA targets {unused} match no layer of the model")
+  for name, dense in _dense_layers(model):
+    if any(_hits(target, name) for target in config.targets):
+      _attach(dense, config, param_dtype, rngs)
   if not config.last_context:
     _zero_last_context(model)
+
+
+def targets_in(model: nnx.Module, targets: Iterable[str]) -> tuple[str, ...]:
+  """Those of `targets` that match some layer of `model`."""
+  names = [name for name, _ in _dense_layers(model)]
+  return tuple(t for t in targets if any(_hits(t, name) for name in names))
+
+
+def init_a(
+  key: jax.Array, shape: Sequence[int], rank: int, dtype=jnp.float32
+) -> jax.Array:
+  """A fresh A: N(0, 1/r^2), PEFT's "gaussian"."""
+  return nnx.initializers.normal(stddev=1.0 / rank)(key, shape, dtype)
+
+
+def _dense_layers(model: nnx.Module) -> list[tuple[str, layers.Dense]]:
+  """Each Dense, stacked ones once, with its path without layer numbers."""
+  return [
+    ("/".join(str(k) for k in path if not isinstance(k, int)), module)
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, layers.Dense)
+  ]
+
+
+def _hits(target: str, name: str) -> bool:
+  return re.search(rf"(^|/)(?:{target})$", name) is not None
 
 
 def _attach(dense: layers.Dense, config: LoRAConfig, param_dtype, rngs) -> None:
   *stack, d_in, d_out = dense.kernel.shape
   columns = dense.groups * config.rank
-  init = nnx.initializers.normal(stddev=1.0 / config.rank)
-  a = init(rngs.params(), (*stack, d_in, columns), param_dtype)
+  a = init_a(rngs.params(), (*stack, d_in, columns), config.rank, param_dtype)
   dense.lora_a = layers.LoRAParam(a)
   dense.lora_b = layers.LoRAParam(jnp.zeros((*stack, config.rank, d_out), param_dtype))
   dense.lora_scale = config.alpha / config.rank

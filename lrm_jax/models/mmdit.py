@@ -637,12 +637,17 @@ def unpatchify(x: jax.Array, grid: tuple[int, int], p: int) -> jax.Array:
 
 
 def truncate_params(params: dict, full: MMDiTConfig, config: MMDiTConfig) -> dict:
-  """Stacked parameters of `full` -> those of its truncation `config` (views)."""
+  """Stacked parameters of `full` -> those of its truncation `config` (views).
+
+  Takes some of the parameters as well, e.g. the adapters alone.
+  """
   params = dict(params)
   blocks = {}
   for i, (length, kept) in enumerate(
     zip(full.segments, config.segments, strict=False)  # the rest is cut off
   ):
+    if i not in params["blocks"]:
+      continue
     stack = params["blocks"][i]
     blocks[i] = (
       stack if kept == length else jax.tree.map(lambda a, n=kept: a[:n], stack)
@@ -656,17 +661,20 @@ def truncate_params(params: dict, full: MMDiTConfig, config: MMDiTConfig) -> dic
 def split_params(params: dict, full: MMDiTConfig, start: int) -> tuple[dict, dict]:
   """Stacked parameters of `full` -> those of its first `start` blocks and of its Tail.
 
-  Of numpy parameters both are views. (`MMDiTConfig.tail` says what can be split.)
+  Of numpy parameters both are views. Takes some of the parameters as well, e.g. the
+  adapters alone. (`MMDiTConfig.tail` says what can be split.)
   """
   segments = full.tail(start).segments
   first = len(full.segments) - len(segments)  # the segment that holds block `start`
   tail: dict = {"blocks": {}}
   for i, kept in enumerate(segments):
+    if first + i not in params["blocks"]:
+      continue
     stack, length = params["blocks"][first + i], full.segments[first + i]
     tail["blocks"][i] = (
       stack if kept == length else jax.tree.map(lambda a, n=kept: a[-n:], stack)
     )
-  tail |= {name: params[name] for name in OUTPUT}
+  tail |= {name: params[name] for name in OUTPUT if name in params}
   return truncate_params(params, full, full.truncate(start, has_output=False)), tail
 
 

@@ -44,19 +44,23 @@ $(SETUP_CONVERT): $(SETUP)
 	@touch $@
 
 # Under 1 M parameters on real handwritten digits; CPU only, minutes. The reward model
-# from random initialisation is the baseline that the pretrained one must beat. Last,
-# the trained model is evaluated as any other, from its folder.
+# from random initialisation is the baseline that the pretrained one must beat, the one
+# on frozen blocks shares them with the generator. Then the trained model is evaluated
+# as any other, from its folder. Last, it steers the generator.
 quickstart: setup
 	$(BIN)/python train/generator.py --config configs/quickstart_generator.py
 	$(BIN)/python train/reward.py --config configs/quickstart.py
 	$(BIN)/python train/reward.py --config configs/quickstart.py:random
+	$(BIN)/python train/reward.py --config configs/quickstart.py:frozen
 	$(BIN)/python train/compare_runs.py runs/quickstart/reward \
-	  runs/quickstart/reward_random --out runs/quickstart/comparison.png
+	  runs/quickstart/reward_frozen runs/quickstart/reward_random \
+	  --out runs/quickstart/comparison.png
 	$(BIN)/python train/evaluate.py --model runs/quickstart/reward/model \
 	  --data digits=latents:runs/quickstart/pairs/held_out \
 	  --prompt-cache runs/quickstart/pairs/prompts --noise independent \
 	  --sigmas 0,0.1,0.25,0.4,0.5,0.75,0.9 --ensemble 0,0.1,0.25 --calibrate \
 	  --out runs/quickstart/evaluation --force
+	$(BIN)/python train/sample.py --config configs/quickstart.py
 
 # Every test, the slow ones included. Those that need torch skip without it.
 test: setup

@@ -3,22 +3,33 @@
   python train/generator.py --config configs/quickstart_generator.py   # first, once
   python train/reward.py --config configs/quickstart.py
 
-The baseline from random initialisation is the same file with one word changed:
+The baseline from random initialisation is the same file with one word changed; a head
+on a backbone that stays the generator's own, with another:
 
   python train/reward.py --config configs/quickstart.py:random
+  python train/reward.py --config configs/quickstart.py:frozen
+
+What a reward buys when it steers the generator, and what that costs:
+
+  python train/sample.py --config configs/quickstart.py
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(init: str = "base") -> ConfigDict:
-  """`init`: "base" starts from the pretrained generator, "random" from nothing."""
+  """`init`: "base" starts from the pretrained generator, "random" from nothing.
+
+  "frozen" starts from the generator and trains the head only, so that the first four
+  blocks of reward and generator are the same.
+  """
   c = ConfigDict()
   c.seed = 0
   c.wandb_project = None
   c.workdir = {
     "base": "runs/quickstart/reward",
     "random": "runs/quickstart/reward_random",
+    "frozen": "runs/quickstart/reward_frozen",
   }[init]
 
   c.data = ConfigDict()
@@ -44,7 +55,7 @@ def get_config(init: str = "base") -> ConfigDict:
 
   c.model = ConfigDict()
   c.model.base = "runs/quickstart/generator/model"
-  c.model.init = init
+  c.model.init = "random" if init == "random" else "base"
   c.model.transformer = ""  # any; read from the base folder
   c.model.num_layers = 4  # of the generator's 6 blocks
   c.model.has_output = False
@@ -64,8 +75,9 @@ def get_config(init: str = "base") -> ConfigDict:
   c.scoring = ConfigDict(
     dict(
       type="ScoringConfig",
-      u_generated=0.1,
-      u_image=0.1,
+      # Where held-out accuracy is best: frozen blocks see little in clean latents.
+      u_generated=0.4 if init == "frozen" else 0.1,
+      u_image=0.4 if init == "frozen" else 0.1,
       table=False,
       add_noise=True,
       offset=0.0,
@@ -73,7 +85,8 @@ def get_config(init: str = "base") -> ConfigDict:
     )
   )
 
-  c.trainable = (("^backbone/pos_embed$", "freeze"), (".*", "train"))
+  frozen = "^backbone/" if init == "frozen" else "^backbone/pos_embed$"
+  c.trainable = ((frozen, "freeze"), (".*", "train"))
 
   c.noise = ConfigDict()
   c.noise.shift = 1.0
@@ -114,4 +127,29 @@ def get_config(init: str = "base") -> ConfigDict:
   c.aot.height = 64  # pixels of an image whose latent is 8x8
   c.aot.width = 64
   c.aot.text_tokens = 6
+
+  c.sample = ConfigDict()  # train/sample.py only
+  c.sample.workdir = {
+    "base": "runs/quickstart/sample",
+    "random": "runs/quickstart/sample_random",
+    "frozen": "runs/quickstart/sample_frozen",
+  }[init]
+  # Beside this config's reward: one whose blocks are the generator's, for cheap mode.
+  c.sample.head_only = "runs/quickstart/reward_frozen/model"
+  c.sample.seeds = (0, 1, 2)
+  c.sample.num = 200  # samples per seed, digits and templates in turn
+  c.sample.num_steps = 10
+  c.sample.noise_level = 0.7
+  c.sample.guidance_scales = (1.0, 2.0)  # further tables are at the first
+  c.sample.candidates = (2, 4, 6)  # k; 1, the plain sampler, is always there
+  c.sample.best_of = 6  # independent samples: best of 1, 2, ... of them
+  c.sample.sweep_candidates = (6,)  # k of the windows
+  # Explore only in steps that arrive at these noise levels, or ...
+  c.sample.windows = ((0.45, 1.0), (0.65, 1.0), (0.35, 0.65), (0.0, 0.45), (0.0, 0.35))
+  c.sample.fractions = (0.3, 0.45, 0.6, 0.8)  # ... in this part, from the noisy end
+  c.sample.cheap_candidates = (3, 4, 6)  # k of the head-only reward, in both modes
+  c.sample.noise_levels = (0.3, 1.0)  # besides noise_level
+  c.sample.noise_candidates = 4  # k there, beside 1
+  c.sample.temperature = 0.2  # of softmax selection, in units of the reward
+  c.sample.beam = 2  # states kept of beam * max(candidates)
   return c

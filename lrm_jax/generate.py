@@ -101,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--mode",
     choices=sorted(explore.MODES),
-    help="full: compare in all steps (default); cheap: in the noisy ones",
+    help="full: compare in all steps (default); cheap: in so many of the noisy ones "
+    f"that an image costs at most {explore.BUDGET} times as much as without",
   )
   add(
     "--explore-window",
@@ -442,7 +443,7 @@ def contact_sheets(
       top = MARGIN + y * step_y
       wrapped = textwrap.wrap(
         prompt,
-        LABEL_WIDTH // (FONT_SIZE // 2),
+        int(LABEL_WIDTH / (0.6 * FONT_SIZE)),  # a wide average letter
         max_lines=max(1, step_y // (FONT_SIZE + 4)),
         placeholder=" ...",
       )

@@ -61,7 +61,7 @@ class Settings:
     sde_window: steps `start <= i < stop` that draw noise. None: all.
     explore: candidates per step, and how they are chosen.
     explore_window: steps in which candidates are compared. None: as `mode` says.
-    mode: of `explore.MODES`. None: `full`.
+    mode: of `explore.MODES`; `cheap` looks at what these models cost. None: `full`.
     best_of: so many independent samples, of which the one with the best final score
       is kept.
   """
@@ -131,11 +131,17 @@ class Settings:
   def guided(self) -> bool:
     return self.guidance_scale != 1
 
-  def schedule(self, sigmas: np.ndarray) -> sample.Schedule:
-    """The steps between noise levels (T+1,)."""
+  def schedule(self, sigmas: np.ndarray, **cost: float) -> sample.Schedule:
+    """The steps between noise levels (T+1,).
+
+    Args:
+      cost: `scoring` and `shared` of `explore.evaluations`, which cheap mode looks at.
+    """
     window = self.explore_window
     if window is None:
-      window = explore_lib.mode_window(self.mode or "full", self.num_steps)
+      window = explore_lib.mode_window(
+        self.mode or "full", self.num_steps, self.explore, guided=self.guided, **cost
+      )
     level = sample.NOISE_LEVEL if self.noise_level is None else self.noise_level
     return sample.make_schedule(
       sigmas,
@@ -556,7 +562,8 @@ class Pipeline:
 
   def schedule(self, settings: Settings) -> sample.Schedule:
     """The steps, at the folder's noise levels."""
-    return settings.schedule(self._sigmas(settings.num_steps))
+    cost = {} if settings.mode is None else self._cost(settings)
+    return settings.schedule(self._sigmas(settings.num_steps), **cost)
 
   def evaluations(self, settings: Settings | None = None) -> float:
     """What one image costs, in passes of the generator: see `explore.evaluations`.
@@ -564,25 +571,26 @@ class Pipeline:
     A score counts by its floating-point operations; a user's own function is free.
     """
     settings = self.resolve(settings)
+    cost = self._cost(settings)
+    passes = explore_lib.evaluations(
+      self.schedule(settings), settings.explore, guided=settings.guided, **cost
+    )
+    if settings.best_of > 1:
+      passes = settings.best_of * (passes + cost["scoring"])
+    return passes
+
+  def _cost(self, settings: Settings) -> dict[str, float]:
+    """`scoring` and `shared` of `explore.evaluations`; settings are resolved."""
     height, width = self._latent(settings)[:2]
     length = text.CLIP_LENGTH + self._t5_length
     tokens = flops.image_tokens(self._denoiser.config, height, width)
     whole = flops.mmdit(self._denoiser.config, tokens, length)
     parts = [part.config for part in self._denoiser.rewards.values()]
-    scoring = sum(flops.reward(c, height, width, length) for c in parts) / whole
-    shared = 0.0
+    scoring = sum(flops.reward(c, height, width, length) for c in parts)
+    shared = 0
     if self._shares_prefix:
-      shared = flops.mmdit(parts[0].backbone, tokens, length) / whole
-    passes = explore_lib.evaluations(
-      self.schedule(settings),
-      settings.explore,
-      guided=settings.guided,
-      scoring=scoring,
-      shared=shared,
-    )
-    if settings.best_of > 1:
-      passes = settings.best_of * (passes + scoring)
-    return passes
+      shared = flops.mmdit(parts[0].backbone, tokens, length)
+    return {"scoring": scoring / whole, "shared": shared / whole}
 
   def free(self, *parts: str) -> None:
     """Lets go of `text` or `vae` parameters, which are read again when needed.

@@ -210,6 +210,73 @@ def reliability(
   figure.savefig(path, format="png")
 
 
+def gain_and_cost(
+  path: str | os.PathLike,
+  curves: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]],
+  bars: Mapping[str, tuple[Sequence[str], Mapping[str, ArrayLike]]],
+  *,
+  title: str = "",
+) -> None:
+  """Saves a PNG of what samplers reach against what they cost, and of shares.
+
+  Args:
+    curves: a panel per figure of merit: `curves[merit][method]` is
+      (evaluations, mean, spread), each (n).
+    bars: a panel per setting: `(names, shares)`, where `shares[merit]` has a share of
+      the full gain, 1 for all of it, for each of the names.
+
+  Raises:
+    ValueError: no panels, columns that differ in length.
+  """
+  figure, grid = _new_grid(len(curves) + len(bars))
+  for axes, (merit, methods) in zip(grid, curves.items(), strict=False):
+    for i, (name, columns) in enumerate(methods.items()):
+      cost, mean, spread = (np.asarray(column, float) for column in columns)
+      if not len(cost) == len(mean) == len(spread) > 0:
+        raise ValueError(f"panel {merit!r}, {name!r}: columns differ in length")
+      axes.errorbar(
+        cost,
+        mean,
+        yerr=spread,
+        label=name,
+        color=_COLOURS[i],
+        marker=_MARKERS[i],
+        markersize=4.5,
+        linewidth=1.4,
+        elinewidth=1,
+        capsize=2,
+      )
+    axes.set_title(merit, loc="left", fontsize=9)
+    axes.set_xlabel("network evaluations per sample")
+  if curves:
+    grid[0].legend(frameon=False, fontsize=8)
+  for axes, (setting, (names, shares)) in zip(
+    grid[len(curves) :], bars.items(), strict=True
+  ):
+    at = np.arange(len(names))
+    width = 0.8 / max(len(shares), 1)
+    for i, (merit, values) in enumerate(shares.items()):
+      values = np.asarray(values, float)
+      if len(values) != len(names):
+        raise ValueError(f"panel {setting!r}, {merit!r}: a share for each name")
+      axes.barh(
+        at + width * (i - (len(shares) - 1) / 2),
+        100 * values,
+        height=width,
+        color=_COLOURS[i],
+        label=merit,
+      )
+    axes.axvline(100, color="0.45", linestyle="--", linewidth=1)
+    axes.set_yticks(at, names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_title(setting, loc="left", fontsize=9)
+    axes.set_xlabel("share of the gain (%)")
+    # Beside the axes: bars leave no corner free.
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+  figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+  figure.savefig(path, format="png")
+
+
 def _bars(acc: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
   """(2 n) lengths of error bars in percent, 0 where a bound is NaN."""
   # Bounds may miss the estimate by a rounding error; a bar is never negative.

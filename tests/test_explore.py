@@ -418,19 +418,34 @@ def test_evaluations_of_the_published_recipe():
   assert abs(ratio - 3.69) < 0.01
 
 
-def test_cheap_mode_costs_at_most_1_6():
-  for num_steps in (10, 28, 40, 50):
-    sigmas = flow.sampling_sigmas(num_steps, 3.0)
-    window = explore.mode_window("cheap", num_steps)
-    schedule = sample.make_schedule(sigmas, explore_window=window)
-    cost = explore.evaluations(
-      schedule, explore.Explore(6), guided=True, scoring=0.578, shared=0.562
-    )
-    assert cost <= 1.6 * 2 * num_steps, num_steps
-  assert explore.mode_window("full", 10) == (0, 10)
-  assert explore.mode_window("cheap", 1) == (0, 1)
+@pytest.mark.parametrize("beam", [1, 2])
+@pytest.mark.parametrize("candidates", [2, 3, 4, 6])
+@pytest.mark.parametrize("num_steps", [10, 28, 50])
+def test_cheap_mode_explores_what_it_can_pay_for(num_steps, candidates, beam):
+  options = explore.Explore(candidates, beam=beam)
+  costs = dict(guided=True, scoring=0.6, shared=0.5)
+  start, stop = explore.mode_window("cheap", num_steps, options, **costs)
+  sigmas = flow.sampling_sigmas(num_steps, 3.0)
+
+  def cost(stop):
+    schedule = sample.make_schedule(sigmas, explore_window=(0, stop))
+    return explore.evaluations(schedule, options, **costs)
+
+  assert start == 0 and cost(stop) <= 1.6 * cost(0)
+  assert stop == num_steps or cost(stop + 1) > 1.6 * cost(0)
+
+
+def test_modes():
+  assert explore.mode_window("full", 10, explore.Explore(6)) == (0, 10)
+  # SD3.5-Medium with a head on its first 12 blocks.
+  assert explore.mode_window("cheap", 50, explore.Explore(4)) == (0, 34)
+  assert explore.mode_window("cheap", 50, explore.Explore(6)) == (0, 20)
+  assert explore.mode_window("cheap", 50, explore.Explore(3)) == (0, 50)
+  assert explore.mode_window("cheap", 1, explore.Explore(6)) == (0, 1)
+  dear = explore.mode_window("cheap", 50, explore.Explore(6), scoring=100.0)
+  assert dear == (0, 1)
   with pytest.raises(ValueError, match="'dear'.*full, cheap"):
-    explore.mode_window("dear", 10)
+    explore.mode_window("dear", 10, explore.Explore(6))
 
 
 # --- best of n ---------------------------------------------------------------------

@@ -78,7 +78,7 @@ _AOT_OUT = flags.DEFINE_string(
 
 # Settings that may change between a run and its continuation.
 MAY_CHANGE = (
-  r"workdir|wandb_project|eval\..*|mesh\..*|aot\..*|"
+  r"workdir|wandb_project|eval\..*|mesh\..*|aot\..*|sample\..*|"
   r"data\.(num_threads|prefetch|cache_blocks)|"
   r"train\.(num_steps|log_every|checkpoint_every|keep_checkpoints|keep_best)"
 )

@@ -28,12 +28,9 @@ from typing import Any
 from flax import nnx
 import jax
 import numpy as np
+import side_by_side
 
 from lrm_jax import build, flops, weights
-from lrm_jax.keymaps import conv_head as conv_head_keys
-from lrm_jax.keymaps import engine
-from lrm_jax.keymaps import mmdit as mmdit_keys
-from lrm_jax.keymaps import qformer_head as qformer_keys
 from lrm_jax.models import conv_head, features, mmdit, reward
 
 # Largest relative difference of the scores that counts as agreement.
@@ -67,21 +64,6 @@ def narrowed(
       num_text_taps=len(backbone.text_taps),
     )
   return dataclasses.replace(config, backbone=backbone, head=head, lora=None)
-
-
-def random_weights(like: dict, seed: int = 0) -> dict:
-  """Non-zero parameters (a fresh model's zero gates would hide half of it)."""
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    noise = rng.standard_normal(leaf.shape, np.float32)
-    name = path.rsplit("/", 1)[-1]
-    if name == "kernel":
-      return noise / np.sqrt(leaf.shape[-2] * (9 if "/conv/" in path else 1))
-    return 1 + 0.1 * noise if name == "scale" else 0.1 * noise
-
-  flat = weights.flatten(like)
-  return weights.unflatten({path: draw(path, leaf) for path, leaf in flat.items()})
 
 
 def random_inputs(config: mmdit.MMDiTConfig, args: argparse.Namespace, seed: int = 1):
@@ -124,50 +106,11 @@ def torch_scorer(config, params, inputs, args) -> Callable[[], np.ndarray]:
     ModuleNotFoundError: torch, diffusers or peft (the `convert` extra) are missing, or
       PYTHONPATH lacks `convert`.
   """
-  import diffusers
   import torch
-  import torch_reference
-
-  backbone = config.backbone
-  # diffusers never updates the text in its last block: one more, which is passed over.
-  fields = backbone.to_diffusers() | {"num_layers": backbone.num_layers + 1}
-  del fields["_class_name"]
-  transformer = diffusers.SD3Transformer2DModel(**fields)
-  if isinstance(config.head, conv_head.ConvHeadConfig):
-    model = torch_reference.DrmReward(
-      transformer,
-      skip_last_blocks=1,
-      base_channels=config.head.base_channels,
-      num_groups=config.head.num_groups,
-    )
-    head, head_keys = model.reward_output, conv_head_keys.drm("")
-  else:
-    release = torch_reference.DinaConfig(
-      num_blocks=backbone.num_layers,
-      image_taps=backbone.image_taps,
-      text_taps=backbone.text_taps,
-      num_queries=config.head.num_queries,
-      num_heads=config.head.num_heads,
-      lora_rank=0,
-    )
-    model = torch_reference.DinaReward(transformer, release)
-    head, head_keys = model.reward_head, qformer_keys.dina()
-
-  for module, keymap, tree in (
-    (transformer, mmdit_keys.diffusers(backbone), params["backbone"]),
-    (head, head_keys, params["head"]),
-  ):
-    exported = engine.export(keymap, weights.flatten(tree))
-    state = {key: torch.from_numpy(array) for key, array in exported}
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    extra = f"transformer_blocks.{backbone.num_layers}."
-    left = [k for k in missing if not k.startswith((extra, "norm_out", "proj_out"))]
-    if left or unexpected:
-      raise ValueError(f"weights do not fit torch's model: {left + unexpected}")
 
   device = "cuda" if jax.default_backend() == "gpu" else "cpu"
   dtype = getattr(torch, args.dtype)
-  model = model.to(device, dtype).eval()
+  model = side_by_side.torch_reward(config, params).to(device, dtype).eval()
   x, sigma, context, pooled = inputs
   x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
   tensors = [
@@ -225,13 +168,13 @@ def main(argv: list[str] | None = None) -> int:
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   config = narrowed(build.REWARD_PRESETS[args.preset](), args.heads, args.layers)
   _, like = weights.abstract(lambda: build.make_reward(config))
-  params = random_weights(like)
+  params = side_by_side.random_weights(like)
   inputs = random_inputs(config.backbone, args)
   ours = our_scorer(config, params, inputs, args)
   theirs = torch_scorer(config, params, inputs, args)
 
   want, got = theirs(), ours()
-  error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+  error = side_by_side.relative_error(got, want)
   if not error <= AGREE[args.dtype]:
     print(f"forward: scores differ by {error:.2e}: {got} and {want}", file=sys.stderr)
     return 1

@@ -1,13 +1,16 @@
 """The benchmarks' own parts, on tiny data; what they measure is not asserted here."""
 
+import importlib.util
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks import explore as explore_benchmark
 from benchmarks import loader as loader_benchmark
 from lrm_jax.data import parquet
+from lrm_jax.models import mmdit, reward
 from tests import runs  # puts train/ and configs/ on the path, for the next line
 
 from benchmarks import fsdp_memory  # isort: skip
@@ -114,3 +117,74 @@ def test_compiled_arguments_fall_with_the_devices(tmp_path):
     assert memory[count].arguments < 1.1 * state[count]
   assert state[4] < 1.05 * state[1] / 4
   assert memory[4].arguments < 1.05 * memory[1].arguments / 4
+
+
+def test_explore_compares_and_counts():
+  """Every kind of case at a tiny size; beside PyTorch where it is installed."""
+  sizes = explore_benchmark.Sizes(
+    layers=3,
+    dual=2,
+    dina_layers=2,
+    taps=(1, 2),
+    drm_layers=2,
+    heads=3,
+    head_dim=8,
+    latent=8,
+    text_tokens=5,
+    steps=3,
+  )
+  cases = [
+    explore_benchmark.PLAIN,
+    explore_benchmark.Case("drm", 2),
+    explore_benchmark.Case("dina", 2, chunk=1),
+    explore_benchmark.Case("cheap", 4),
+  ]
+  ours = explore_benchmark.JaxSide(sizes)
+  theirs = {}
+  if importlib.util.find_spec("torch") is not None:
+    theirs["torch"] = explore_benchmark.TorchSide(sizes, False, threads=1)
+  report = explore_benchmark.measure(sizes, cases, ours, theirs, rounds=1, calls=1)
+  assert not explore_benchmark.problems(report, list(theirs), sizes.dtype)
+  assert report["recompiled"] == {"calls": 2 * len(cases), "compilations": 0}
+  assert ours.compiles.count > 0  # it does count
+
+  rows = {row["case"]: row for row in report["rows"]}
+  assert rows["plain"]["flops_to_plain"] == rows["plain"]["jax"]["to_plain"]["max"] == 1
+  for name in theirs:
+    assert all(row[name]["relative_error"] < 1e-4 for row in report["rows"])
+    # Not always the first candidate.
+    assert sum(row[name]["distinct_choices"] > 1 for row in report["rows"]) >= 2
+  json.dumps(report)
+  assert explore_benchmark.table(report, list(theirs)).count("\n") == 1 + len(cases)
+  assert "compilations: 0" in explore_benchmark.details(report, list(theirs))
+
+
+def test_explore_at_full_size_keeps_the_proportions():
+  """By formula and shapes: the narrow model's cost ratios are those of the real one."""
+  narrow, full = explore_benchmark.Sizes(), explore_benchmark.Sizes.full()
+  assert full.generator == mmdit.MMDiTConfig.sd35_medium()
+  assert full.rewards["dina"] == reward.RewardConfig.dina_sd35m_12layers()
+  assert full.rewards["drm"] == reward.RewardConfig.drm_2b()
+  for case in explore_benchmark.CASES.values():
+    ratio = explore_benchmark.relative_flops(full, case)
+    assert explore_benchmark.relative_flops(narrow, case) == pytest.approx(ratio, 0.03)
+  # Published (DRM, k = 6): 3.41 in time. The cheap mode's aim: 1.6.
+  of_name = {
+    name: explore_benchmark.relative_flops(full, case)
+    for name, case in explore_benchmark.CASES.items()
+  }
+  assert 3.6 < of_name["drm-6"] < 3.8 and 1.4 < of_name["cheap-6"] <= 1.6
+
+
+def test_products_of_prompts_inside_of_loops_are_found():
+  def inside(context, w):
+    return jax.lax.scan(lambda c, _: (c + (context @ w).sum(), None), 0.0, None, 3)[0]
+
+  shapes = (
+    jax.ShapeDtypeStruct((2, 5, 6), "float32"),
+    jax.ShapeDtypeStruct((6, 4), "f4"),
+  )
+  jaxpr = jax.make_jaxpr(inside)(*shapes).jaxpr
+  assert explore_benchmark.prompt_products(jaxpr, 5, 6) == (0, 1)
+  jaxpr = jax.make_jaxpr(lambda c, w: jax.nn.relu(c @ w))(*shapes).jaxpr
+  assert explore_benchmark.prompt_products(jaxpr, 5, 6) == (1, 0)

@@ -1,0 +1,1226 @@
+"""What explore-and-select costs, beside its ideal and beside PyTorch in the same run.
+
+Guided samples with k candidates per step, for SD3.5-Medium's depth (24 blocks, 13 with
+dual attention) and three scorers:
+
+  drm    the first 21 blocks with weights of their own, convolutional head
+  dina   the generator's first 12 blocks under adapters, Q-Former head
+  cheap  the generator's first 12 blocks as they are, Q-Former head, k = 6 in the
+         cheap mode's window; the winner's tokens start the next conditional pass
+
+Each case runs in jitted JAX and as a plain loop over diffusers' modules that does the
+same (scoring repeats the prompt embeddings and computes everything anew). Both hold the
+same random weights in processes of their own, and take turns case by case. Before
+anything is timed they get the same noise and must arrive at the same latents through
+the same candidates (float32; in bfloat16 the differences are only reported).
+
+The ideal is made of two times that are measured in the same run: T x (one guided
+velocity + the share of steps that explore x one scoring of k).
+
+A narrow model on a CPU (minutes; on a busy machine pin it, `taskset -c 1`), full size
+on a GPU (set JAX_COMPILATION_CACHE_DIR to compile once), and full-size programs
+compiled for a device that is not there:
+
+  python benchmarks/explore.py --out benchmarks/results/explore_cpu.json
+  python benchmarks/explore.py --full --torch eager compile --rounds 3 --out gpu.json
+  python benchmarks/explore.py --aot h200 --target-config h200.txtpb --out h200.json
+
+Exit code 1: the two disagree, or something compiled after the warm-up; 3: the compiler
+for the device of --aot is not installed.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import side_by_side
+
+from lrm_jax import aot, build, denoiser, explore, flops, flow, sample, weights
+from lrm_jax.models import (
+  attention,
+  conv_head,
+  features,
+  lora,
+  mmdit,
+  qformer_head,
+  reward,
+)
+
+PUBLISHED = 3.41  # DRM (arXiv 2605.25661): k = 6 to k = 1, all steps explore
+AGREE = 1e-3  # relative difference of float32 latents that counts as agreement
+GUIDANCE = 4.5
+SHIFT = 3.0
+NOT_INSTALLED = 3
+
+
+# --- what is run -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Architectures, inputs, and how they are run.
+
+  Attributes:
+    layers, dual: blocks of the generator, and how many have dual attention.
+    dina_layers, taps: of the scorers on the generator's blocks.
+    drm_layers: of the scorer with its own.
+    latent: side of the latent.
+    steps: T.
+    scan: blocks under `lax.scan`, else unrolled.
+  """
+
+  layers: int = 24
+  dual: int = 13
+  dina_layers: int = 12
+  taps: tuple[int, ...] = (4, 8, 12)
+  drm_layers: int = 21
+  heads: int = 6
+  head_dim: int = 32
+  latent: int = 16
+  text_tokens: int = 64
+  steps: int = 5
+  dtype: str = "float32"
+  scan: bool = True
+
+  @classmethod
+  def full(cls) -> "Sizes":
+    """SD3.5-Medium, 512 px, the pipeline's 333 text tokens."""
+    return cls(
+      heads=24,
+      head_dim=64,
+      latent=64,
+      text_tokens=333,
+      steps=50,
+      dtype="bfloat16",
+      scan=False,
+    )
+
+  @property
+  def generator(self) -> mmdit.MMDiTConfig:
+    """All widths in the proportions of SD3.5-Medium, which is one of them."""
+    width = self.heads * self.head_dim
+    return dataclasses.replace(
+      mmdit.MMDiTConfig.sd35_medium(),
+      num_layers=self.layers,
+      num_heads=self.heads,
+      head_dim=self.head_dim,
+      dual_layers=tuple(range(self.dual)),
+      context_dim=8 * width // 3,
+      pooled_dim=4 * width // 3,
+      pos_embed_size=384 if self.latent > 32 else 32,
+    )
+
+  @property
+  def rewards(self) -> dict[str, reward.RewardConfig]:
+    full = self.generator
+    tapped = full.truncate(
+      self.dina_layers, has_output=False, image_taps=self.taps, text_taps=self.taps
+    )
+    head = qformer_head.QFormerHeadConfig(
+      token_dim=full.width,
+      width=full.width,
+      num_image_taps=len(self.taps),
+      num_text_taps=len(self.taps),
+    )
+    rank = max(1, full.width // 24)  # 64 at full width
+    groups = 32 if full.width >= 192 else 4
+    return {
+      "dina": reward.RewardConfig(
+        tapped, head, lora.LoRAConfig(rank=rank, alpha=2 * rank)
+      ),
+      "cheap": reward.RewardConfig(tapped, head),
+      "drm": reward.RewardConfig(
+        full.truncate(self.drm_layers, has_output=True),
+        conv_head.ConvHeadConfig(
+          base_channels=groups * max(1, full.width // 192), num_groups=groups
+        ),
+      ),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One way to sample. `scorer`: None scores nothing (k = 1)."""
+
+  scorer: str | None
+  candidates: int
+  chunk: int | None = None
+  batch: int = 1
+
+  @property
+  def mode(self) -> str:
+    return "cheap" if self.scorer == "cheap" else "full"
+
+  @property
+  def options(self) -> explore.Explore:
+    return explore.Explore(candidates=self.candidates, chunk=self.chunk)
+
+  @property
+  def name(self) -> str:
+    """Without the batch."""
+    if self.scorer is None:
+      return "plain"
+    chunk = "" if self.chunk is None else f"-chunk{self.chunk}"
+    return f"{self.scorer}-{self.candidates}{chunk}"
+
+
+PLAIN = Case(None, 1)
+CASES = {
+  case.name: case
+  for case in (
+    PLAIN,
+    *(Case("drm", k) for k in (2, 4, 6, 12)),
+    *(Case("dina", k) for k in (2, 4, 6)),
+    Case("cheap", 6),
+    *(Case("drm", k, chunk=2) for k in (6, 12)),
+  )
+}
+TIMED = [name for name in CASES if "12" not in name]
+COMPILED = "plain drm-6 dina-6 cheap-6 drm-6-chunk2 drm-12 drm-12-chunk2".split()
+
+
+def make_schedule(sizes: Sizes, case: Case, **kw) -> sample.Schedule:
+  """The case's steps."""
+  kw.setdefault(
+    "explore_window", explore.mode_window(case.mode, sizes.steps, case.options)
+  )
+  return sample.make_schedule(flow.sampling_sigmas(sizes.steps, SHIFT), **kw)
+
+
+def relative_flops(sizes: Sizes, case: Case) -> float:
+  """What a case costs by formula, in units of the plain sampler."""
+  config, side = sizes.generator, sizes.latent
+  n = flops.image_tokens(config, side, side)
+  one = flops.mmdit(config, n, sizes.text_tokens)
+  scoring = shared = 0.0
+  if case.scorer is not None:
+    scorer = sizes.rewards[case.scorer]
+    scoring = flops.reward(scorer, side, side, sizes.text_tokens) / one
+    if case.scorer == "cheap":
+      shared = flops.mmdit(scorer.backbone, n, sizes.text_tokens) / one
+  passes = explore.evaluations(
+    make_schedule(sizes, case),
+    case.options,
+    guided=True,
+    scoring=scoring,
+    shared=shared,
+  )
+  return passes / (2 * sizes.steps)
+
+
+def make_inputs(sizes: Sizes, batch: int, seed: int) -> tuple:
+  """(cond, uncond) float32 numpy arrays and (b,) keys, of random prompts."""
+  rng = np.random.default_rng(1000 + seed)
+  config = sizes.generator
+
+  def prompt():
+    return features.Cond(
+      rng.standard_normal((batch, sizes.text_tokens, config.context_dim), np.float32),
+      rng.standard_normal((batch, config.pooled_dim), np.float32),
+    )
+
+  keys = jax.vmap(jax.random.key)(jnp.arange(batch) + 100 * seed)
+  return prompt(), prompt(), keys
+
+
+# --- weights -----------------------------------------------------------------------
+
+
+def make_weights(sizes: Sizes) -> dict[str, dict]:
+  """Random parameters of the generator and of each reward, stacked, float32 numpy.
+
+  Of rewards on the generator's blocks: only what is their own.
+  """
+  _, like = weights.abstract(lambda: mmdit.MMDiT(sizes.generator, rngs=nnx.Rngs(0)))
+  made = {"generator": side_by_side.random_weights(like, seed=0)}
+  for seed, (name, config) in enumerate(sizes.rewards.items(), 1):
+    _, like = weights.abstract(lambda c=config: build.make_reward(c))
+    made[name] = side_by_side.random_weights(_own(like, name), seed=seed)
+  return made
+
+
+def _own(params: Mapping, name: str) -> dict:
+  """What a reward does not take from the generator."""
+  if name == "drm":
+    return dict(params)
+  flat = weights.flatten(params)
+  return weights.unflatten(
+    {p: a for p, a in flat.items() if p.startswith("head/") or "/lora_" in p}
+  )
+
+
+def abstract_denoiser(
+  sizes: Sizes, scorer: str | None, attention_impl: str = "auto"
+) -> denoiser.Denoiser:
+  """As `denoiser.load` would make it from model folders, of abstract parameters."""
+  full, dtype = sizes.generator, build.dtype(sizes.dtype)
+  options = dict(
+    dtype=dtype,
+    param_dtype=dtype,
+    scan_blocks=sizes.scan,
+    attention_impl=attention_impl,
+  )
+  cut = sizes.dina_layers
+  taps = sizes.taps if scorer == "cheap" else ()
+  prefix = full.truncate(cut, has_output=False, image_taps=taps, text_taps=taps)
+  graphdef, prefix_params = weights.abstract(
+    lambda: mmdit.MMDiT(prefix, rngs=nnx.Rngs(0), **options)
+  )
+  tail, tail_params = weights.abstract(
+    lambda: mmdit.Tail(full, cut, rngs=nnx.Rngs(0), **options)
+  )
+  parts, own = {}, {}
+  if scorer is not None:
+    config = sizes.rewards[scorer]
+    reward_graphdef, like = weights.abstract(
+      lambda: build.make_reward(config, **options)
+    )
+    own[scorer] = _own(like, scorer)
+    parts[scorer] = denoiser.RewardPart(
+      config=config,
+      scoring=reward.ScoringConfig(),
+      graphdef=reward_graphdef,
+      sharing={"drm": "nothing", "dina": "weights", "cheap": "prefix"}[scorer],
+      embedded="drm" if scorer == "drm" else denoiser.GENERATOR,
+    )
+  return denoiser.Denoiser(
+    config=full,
+    params={"prefix": prefix_params, "tail": tail_params, "rewards": own},
+    prefix=graphdef,
+    prefix_config=prefix,
+    tail=tail,
+    rewards=parts,
+  )
+
+
+def denoisers_with(
+  sizes: Sizes, ours: Mapping[str, dict]
+) -> dict[str | None, denoiser.Denoiser]:
+  """One for each scorer (and none), on the device; the generator's are the same arrays.
+
+  Args:
+    ours: what `make_weights` returns.
+  """
+
+  def place(params, like):
+    if not sizes.scan and "blocks" in params:
+      params = mmdit.unstack_params(params)
+    elif not sizes.scan and "backbone" in params:
+      backbone = mmdit.unstack_params(params["backbone"])
+      params = {**params, "backbone": backbone}
+    return build.to_device(build.fit(params, like, name="random weights"))
+
+  made = {name: abstract_denoiser(sizes, name) for name in (None, *sizes.rewards)}
+  prefix, tail = mmdit.split_params(
+    ours["generator"], sizes.generator, sizes.dina_layers
+  )
+  like = made[None].params
+  shared = {"prefix": place(prefix, like["prefix"]), "tail": place(tail, like["tail"])}
+  for name, one in made.items():
+    own = {n: place(ours[n], like) for n, like in one.params["rewards"].items()}
+    made[name] = dataclasses.replace(one, params={**shared, "rewards": own})
+  return made
+
+
+# --- our side ----------------------------------------------------------------------
+
+
+def make_networks(
+  made: denoiser.Denoiser, params: Any, scorer: str | None, guidance: Any
+) -> explore.Networks:
+  """The pieces that `explore.explore` takes."""
+  if scorer == "cheap":
+    return explore.SharedPrefix(
+      made.prefix_fn(params),
+      made.tail_fn(params),
+      made.head_fn(params, scorer),
+      guidance,
+    )
+  velocity_fn = sample.guide(made.velocity_fn(params), guidance)
+  no_reward = lambda inputs, x, sigma: jnp.zeros(len(x))  # noqa: E731
+  return explore.Apart(
+    velocity_fn, made.reward_fn(params, scorer) if scorer else no_reward
+  )
+
+
+def make_program(made: denoiser.Denoiser, case: Case) -> Callable[..., tuple]:
+  """`(params, cond, uncond, x, schedule, keys, guidance) -> (x, chosen)`, for jit."""
+
+  def program(params, cond, uncond, x, schedule, keys, guidance):
+    embedded = made.embed(params, cond)
+    inputs = (
+      embedded[denoiser.GENERATOR],
+      made.embed(params, uncond)[denoiser.GENERATOR],
+    )
+    scored = made.reward_inputs(embedded)[case.scorer] if case.scorer else inputs[0]
+    networks = make_networks(made, params, case.scorer, guidance)
+    x, steps = explore.explore(
+      networks, inputs, scored, x, schedule, case.options, keys=keys
+    )
+    return x, steps.chosen[:, :, 0]
+
+  return program
+
+
+def prompt_products(jaxpr: Any, tokens: int, context_dim: int) -> tuple[int, int]:
+  """How many products read raw prompt embeddings: (outside, inside) of loops."""
+  counts = [0, 0]
+
+  def walk(jaxpr, inside):
+    for eqn in jaxpr.eqns:
+      shapes = [v.aval.shape for v in eqn.invars]
+      if eqn.primitive.name == "dot_general":
+        counts[inside] += any(s[1:] == (tokens, context_dim) for s in shapes)
+      looping = inside or eqn.primitive.name in ("scan", "while")
+      for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+        walk(inner, looping)
+
+  walk(jaxpr, False)
+  return counts[0], counts[1]
+
+
+class CompileCount:
+  """Counts compilations of this process from now on."""
+
+  def __init__(self):
+    self.count = 0
+    jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+  def _on_event(self, event: str, duration: float, **kw) -> None:
+    del duration, kw
+    self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+class JaxSide:
+  """Our programs, compiled and timed; lives in a process of its own."""
+
+  def __init__(self, sizes: Sizes):
+    # Calls of a group must not overlap on a CPU.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    self.sizes = sizes
+    self.compiles = CompileCount()
+    self.denoisers = denoisers_with(sizes, make_weights(sizes))
+    self.programs: dict[Case, Any] = {}
+    self.pieces: dict[tuple, Callable] = {}
+
+  def about(self) -> dict[str, Any]:
+    return {
+      "device": jax.devices()[0].device_kind,
+      "jax": jax.__version__,
+      "flax": importlib.metadata.version("flax"),
+    }
+
+  def _arguments(self, case: Case, seed: int = 0, **schedule) -> tuple:
+    cond, uncond, keys = make_inputs(self.sizes, case.batch, seed)
+    dtype = build.dtype(self.sizes.dtype)
+    cond, uncond = jax.tree.map(lambda a: jnp.asarray(a, dtype), (cond, uncond))
+    config, side = self.sizes.generator, self.sizes.latent
+    x = sample.initial_noise(keys, (side, side, config.in_channels))
+    steps = make_schedule(self.sizes, case, **schedule)
+    guidance = np.float32(GUIDANCE + seed)
+    return jax.device_put((cond, uncond, x, steps, keys, guidance))
+
+  def compile(self, case: Case) -> dict[str, Any]:
+    """Compile time, bytes, and where the prompts' products are."""
+    args = self._arguments(case)
+    made = self.denoisers[case.scorer]
+    program = jax.jit(make_program(made, case))
+    args = (made.params, *args)
+    start = time.perf_counter()
+    traced = program.trace(*args)
+    lowered = traced.lower()
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    memory = aot.memory_of(compiled)
+    self.programs[case] = (program, args)
+    config = self.sizes.generator
+    outside, inside = prompt_products(
+      traced.jaxpr.jaxpr, self.sizes.text_tokens, config.context_dim
+    )
+    return {
+      "lower_s": middle - start,
+      "compile_s": end - middle,
+      "temporary_bytes": memory.temporaries,
+      "argument_bytes": memory.arguments,
+      "prompt_products_outside_loops": outside,
+      "prompt_products_in_loops": inside,
+    }
+
+  def first_run(self, case: Case) -> dict[str, Any]:
+    """Result of the first call (which may compile), and the device's peak bytes."""
+    before = self._peak()
+    x, chosen = self._call(case)
+    return {
+      "x": np.asarray(x),
+      "chosen": np.asarray(chosen).T,  # (b T)
+      "peak_bytes": self._peak(),
+      "peak_bytes_before": before,
+    }
+
+  def noise(self, batch: int, candidates: int, path: str) -> None:
+    """Writes the start and each step's noise: (b H W C), (T b k H W C)."""
+    _, _, x, _, keys, _ = self._arguments(dataclasses.replace(PLAIN, batch=batch))
+    draw = jax.jit(
+      lambda at: sample.step_noise(keys, at, jnp.arange(candidates), x.shape[1:])
+    )
+    steps = np.stack([np.asarray(draw(t)) for t in range(self.sizes.steps)])
+    np.savez(path, x=np.asarray(x), steps=steps)
+
+  def run(self, case: Case) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    jax.block_until_ready(self._call(case))
+    return time.perf_counter() - start
+
+  def _call(self, case: Case):
+    program, args = self.programs[case]
+    return program(*args)
+
+  def _peak(self) -> int | None:
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else None
+
+  def changed(self, variants: int = 2) -> dict[str, int]:
+    """Runs every case with other prompts, seeds, windows, noise levels and guidance.
+
+    Returns: how many calls, and how many compilations they caused.
+    """
+    steps = self.sizes.steps
+    ready = [
+      (
+        program,
+        params,
+        self._arguments(
+          case,
+          seed,
+          noise_level=np.linspace(0.3, 0.2 + 0.2 * seed, steps),
+          sde_window=(0, steps - seed % 2),
+          explore_window=(min(seed, steps - 1), steps),
+        ),
+      )
+      for case, (program, (params, *_)) in self.programs.items()
+      for seed in range(1, 1 + variants)
+    ]
+    before = self.compiles.count
+    for program, params, args in ready:
+      jax.block_until_ready(program(params, *args))
+    return {"calls": len(ready), "compilations": self.compiles.count - before}
+
+  # -- the ideal's pieces --
+
+  def prepare_pieces(self, cases: Sequence[Case]) -> None:
+    for case in cases:
+      for piece in _pieces(self.sizes, case):
+        if piece not in self.pieces:
+          self.pieces[piece] = self._make_piece(*piece)
+          jax.block_until_ready(self.pieces[piece]())
+
+  def piece_seconds(self, case: Case, calls: int) -> dict[tuple, float]:
+    """Seconds per call of each piece of a case, in a group of calls."""
+    seconds = {}
+    for piece in _pieces(self.sizes, case):
+      call = self.pieces[piece]
+      start = time.perf_counter()
+      results = [call() for _ in range(calls)]
+      jax.block_until_ready(results)
+      seconds[piece] = (time.perf_counter() - start) / calls
+    return seconds
+
+  def _make_piece(self, what: str, scorer: str | None, num: int) -> Callable[[], Any]:
+    """A call: `velocity` of num samples, `known`: with a winner's tokens, `score`."""
+    made = self.denoisers[scorer]
+    params = made.params
+    cond, uncond, x, _, _, guidance = self._arguments(
+      dataclasses.replace(PLAIN, batch=num)
+    )
+    sigma = jnp.full(num, 0.7, jnp.float32)
+
+    @jax.jit
+    def embed(params, cond, uncond):
+      embedded = made.embed(params, cond)
+      empty = made.embed(params, uncond)[denoiser.GENERATOR]
+      return embedded, (embedded[denoiser.GENERATOR], empty)
+
+    embedded, inputs = embed(params, cond, uncond)
+    if what == "score":
+      inputs = made.reward_inputs(embedded)[scorer]
+
+    def piece(params, inputs, x, sigma, guidance, tokens):
+      networks = make_networks(made, params, scorer, guidance)
+      if what == "score":
+        return networks.score(inputs, x, sigma)[0]
+      return networks.velocity(inputs, x, sigma, tokens, what == "known")
+
+    tokens = None
+    if what == "known":
+      tokens = jax.jit(
+        lambda p, *a: make_networks(made, p, scorer, guidance).score(*a)[1]
+      )(params, inputs[0], x, sigma)
+    call = jax.jit(piece)
+    return lambda: call(params, inputs, x, sigma, guidance, tokens)
+
+  def matmul(self) -> float:
+    """Seconds of one product of fixed size, to see a device slow down."""
+    gpu = jax.default_backend() == "gpu"
+    size, dtype = (8192, jnp.bfloat16) if gpu else (1024, jnp.float32)
+    if not hasattr(self, "_matmul"):
+      a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+      call = jax.jit(jnp.matmul)
+      self._matmul = lambda: call(a, a)
+      jax.block_until_ready(self._matmul())
+    start = time.perf_counter()
+    jax.block_until_ready([self._matmul() for _ in range(10)])
+    return (time.perf_counter() - start) / 10
+
+  def peak_rss(self) -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _pieces(sizes: Sizes, case: Case) -> dict[tuple, float]:
+  """The pieces that a case is made of, and how often they run."""
+  explored = int(make_schedule(sizes, case).explore.sum()) if case.scorer else 0
+  size = case.chunk or case.candidates
+  pieces = {("velocity", None, case.batch): float(sizes.steps)}
+  if explored:
+    num = explored * case.candidates / size
+    pieces["score", case.scorer, case.batch * size] = num
+  if case.scorer == "cheap":
+    known = min(explored, sizes.steps - 1)  # steps behind an explored one
+    pieces["velocity", None, case.batch] -= known
+    pieces["known", "cheap", case.batch] = float(known)
+  return pieces
+
+
+# --- PyTorch's side ----------------------------------------------------------------
+
+
+class TorchSide:
+  """A loop over diffusers' modules, as one would write it; in its own process.
+
+  Args:
+    compiled: through torch.compile (static shapes), else eager.
+    threads: on a CPU; None: one per core that we may use.
+  """
+
+  def __init__(self, sizes: Sizes, compiled: bool, threads: int | None = None):
+    import torch
+
+    self.torch = torch
+    self.sizes = sizes
+    self.device = "cuda" if torch.cuda.is_available() else "cpu"
+    self.dtype = getattr(torch, sizes.dtype)
+    torch.set_float32_matmul_precision("high" if compiled else "highest")
+    if self.device == "cpu":
+      torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+    ours, config = make_weights(sizes), sizes.generator
+    self.transformer = self._ready(
+      side_by_side.torch_transformer(config, ours["generator"])
+    )
+    self.scorers = {}
+    for name, scorer in sizes.rewards.items():
+      params = ours[name]
+      if name != "drm":
+        first = mmdit.truncate_params(ours["generator"], config, scorer.backbone)
+        flat = {f"backbone/{p}": a for p, a in weights.flatten(first).items()}
+        params = weights.unflatten({**flat, **weights.flatten(params)})
+      self.scorers[name] = self._ready(side_by_side.torch_reward(scorer, params))
+    if compiled:
+      fast = lambda module: torch.compile(module, dynamic=False)  # noqa: E731
+      self.transformer = fast(self.transformer)
+      self.scorers = {name: fast(model) for name, model in self.scorers.items()}
+    self.inputs: dict[int, tuple] = {}
+
+  def _ready(self, model):
+    return model.to(self.device, self.dtype).eval().requires_grad_(False)
+
+  def about(self) -> dict[str, Any]:
+    return {
+      name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")
+    }
+
+  def first_run(self, case: Case, noise: str) -> dict[str, Any]:
+    """Result with the given noise (and of compiling), and the device's peak bytes."""
+    torch = self.torch
+    with np.load(noise) as stored:
+      x = torch.from_numpy(np.ascontiguousarray(stored["x"].transpose(0, 3, 1, 2)))
+      steps = torch.from_numpy(stored["steps"])
+    x = x.to(self.device)
+
+    def draw(step, num, shape):
+      del shape
+      return steps[step, :, :num].permute(0, 1, 4, 2, 3).to(self.device)
+
+    if self.device == "cuda":
+      torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    x, chosen = self._sample(case, x, draw)
+    self._wait()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+    return {
+      "x": x.permute(0, 2, 3, 1).cpu().numpy(),
+      "chosen": chosen.cpu().numpy(),
+      "peak_bytes": peak,
+      "seconds": seconds,
+    }
+
+  def run(self, case: Case) -> float:
+    """Seconds of one call, which draws its own noise."""
+    torch, side = self.torch, self.sizes.latent
+    shape = (case.batch, self.sizes.generator.in_channels, side, side)
+    x = torch.randn(shape, device=self.device)
+
+    def draw(step, num, shape):
+      del step
+      return torch.randn(shape[0], num, *shape[1:], device=self.device)
+
+    self._wait()
+    start = time.perf_counter()
+    self._sample(case, x, draw)
+    self._wait()
+    return time.perf_counter() - start
+
+  def _wait(self) -> None:
+    if self.device == "cuda":
+      self.torch.cuda.synchronize()
+
+  def _prompts(self, batch: int) -> tuple:
+    """(context, pooled) of both halves, the conditional one first."""
+    if batch not in self.inputs:
+      cond, uncond, _ = make_inputs(self.sizes, batch, 0)
+      self.inputs[batch] = tuple(
+        self.torch.from_numpy(np.concatenate(pair)).to(self.device, self.dtype)
+        for pair in (
+          (cond.context, uncond.context),
+          (cond.pooled, uncond.pooled),
+        )
+      )
+    return self.inputs[batch]
+
+  def _sample(self, case: Case, x, draw):
+    """The loop: x (b C H W) float32 -> the same, and chosen (b T)."""
+    torch, b, k = self.torch, case.batch, case.candidates
+    steps = make_schedule(self.sizes, case)
+    context, pooled = self._prompts(b)
+    rows, picked = torch.arange(b, device=self.device), []
+    with torch.inference_mode():
+      for i in range(len(steps)):
+        sigma, sigma_next = float(steps.sigma[i]), float(steps.sigma_next[i])
+        v = self.transformer(
+          torch.cat([x, x]).to(self.dtype),
+          timestep=torch.full((2 * b,), 1000 * sigma, device=self.device),
+          encoder_hidden_states=context,
+          pooled_projections=pooled,
+          return_dict=False,
+        )[0].float()
+        v_cond, v_uncond = v.chunk(2)
+        v = v_uncond + GUIDANCE * (v_cond - v_uncond)
+
+        dt = sigma_next - sigma
+        below = sigma_next if sigma == 1 else sigma
+        s = float(steps.noise_level[i]) * (sigma / (1 - below)) ** 0.5
+        drift = s**2 / (2 * sigma)
+        mean = x * (1 + drift * dt) + v * (1 + drift * (1 - sigma)) * dt
+        std = s * (-dt) ** 0.5
+
+        num = k if steps.explore[i] else 1
+        candidates = mean[:, None] + std * draw(i, num, x.shape)
+        if num == 1:
+          x = candidates[:, 0]
+          picked.append(torch.zeros_like(rows))
+          continue
+        scores = []
+        for part in candidates.split(case.chunk or k, dim=1):
+          n = part.shape[1]
+          score = self.scorers[case.scorer](
+            part.flatten(0, 1).to(self.dtype),
+            torch.full((b * n,), 1000 * sigma_next, device=self.device),
+            context[:b].repeat_interleave(n, dim=0),
+            pooled[:b].repeat_interleave(n, dim=0),
+          )
+          scores.append(score.float().view(b, n))
+        best = torch.cat(scores, dim=1).argmax(dim=1)
+        x = candidates[rows, best]
+        picked.append(best)
+    return x, torch.stack(picked, dim=1)
+
+  def peak_rss(self) -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# --- both in one run ---------------------------------------------------------------
+
+
+class Remote:
+  """An object in a process of its own; its methods are called from here.
+
+  Args:
+    platform: of jax in that process; None: jax's choice.
+  """
+
+  def __init__(self, make: Callable[..., Any], *args, platform: str | None = None):
+    context = multiprocessing.get_context("spawn")
+    self._pipe, theirs = context.Pipe()
+    process = context.Process(
+      target=_serve, args=(theirs, make, args, platform), daemon=True
+    )
+    process.start()
+    theirs.close()
+
+  def __getattr__(self, name: str) -> Callable[..., Any]:
+    def call(*args, **kw):
+      self._pipe.send((name, args, kw))
+      try:
+        error, value = self._pipe.recv()
+      except EOFError:
+        raise RuntimeError(f"a benchmark process died during {name!r}") from None
+      if error is not None:
+        raise RuntimeError(f"{name!r} failed in a benchmark process:\n{error}")
+      return value
+
+    return call
+
+
+def _serve(pipe, make, args, platform) -> None:
+  """A process' main loop: answers (error, value)."""
+  if platform is not None:
+    jax.config.update("jax_platforms", platform)
+  served = None
+  while True:
+    try:
+      name, args_, kw = pipe.recv()
+    except EOFError:
+      return
+    try:
+      served = make(*args) if served is None else served
+      pipe.send((None, getattr(served, name)(*args_, **kw)))
+    except Exception:
+      pipe.send((traceback.format_exc(), None))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+  return {
+    "median": statistics.median(values),
+    "min": min(values),
+    "max": max(values),
+  }
+
+
+def agreement(ours: Mapping, theirs: Mapping) -> dict[str, Any]:
+  """How far the results of the same noise are apart.
+
+  Raises:
+    ValueError: results that are not numbers, or all the same number.
+  """
+  for name, x in (("jax", ours["x"]), ("torch", theirs["x"])):
+    if not np.isfinite(x).all() or x.std() < 1e-3:
+      raise ValueError(f"{name}'s latents are not finite, or constant")
+  return {
+    "relative_error": side_by_side.relative_error(ours["x"], theirs["x"]),
+    "same_choices": float(np.mean(ours["chosen"] == theirs["chosen"])),
+    "distinct_choices": len(np.unique(ours["chosen"])),
+  }
+
+
+def measure(
+  sizes: Sizes,
+  cases: Sequence[Case],
+  ours: Any,
+  theirs: Mapping[str, Any],
+  *,
+  rounds: int,
+  calls: int,
+  progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+  """Compiles, compares, and times everything.
+
+  Args:
+    ours, theirs: JaxSide, and TorchSides by name, or Remotes of them.
+
+  Returns: `rows`, one per case, and what concerns all.
+  """
+  rows = {}
+  for case in cases:
+    rows[case] = {
+      "case": case.name,
+      "candidates": case.candidates,
+      "batch": case.batch,
+      "flops_to_plain": relative_flops(sizes, case),
+      "full_size_flops_to_plain": relative_flops(Sizes.full(), case),
+      **ours.compile(case),
+    }
+    progress(f"{case.name}, batch {case.batch}: compiled")
+
+  most = max(case.candidates for case in cases)
+  with tempfile.TemporaryDirectory() as folder:
+    paths = {b: f"{folder}/{b}.npz" for b in {case.batch for case in cases}}
+    for b, path in paths.items():
+      ours.noise(b, most, path)
+    # A device's peak only ever rises: smallest first.
+    for case in sorted(cases, key=lambda c: rows[c]["temporary_bytes"]):
+      first, row = ours.first_run(case), rows[case]
+      row["peak_bytes"] = first["peak_bytes"]
+      row["peak_bytes_before"] = first["peak_bytes_before"]
+      for name, side in theirs.items():
+        other = side.first_run(case, paths[case.batch])
+        row[name] = {
+          "first_run_s": other["seconds"],
+          "peak_bytes": other["peak_bytes"],
+          **agreement(first, other),
+        }
+      progress(f"{case.name}, batch {case.batch}: compared")
+  ours.prepare_pieces(cases)
+  ours.matmul()
+
+  seconds: dict[Any, list[float]] = {}
+  matmuls = []
+  for number in range(rounds):
+    matmuls.append(ours.matmul())
+    for case in cases:
+      for piece, value in ours.piece_seconds(case, calls).items():
+        seconds.setdefault((*piece, case), []).append(value)
+      for name, side in (("jax", ours), *theirs.items()):
+        seconds.setdefault((name, case), []).append(side.run(case))
+    progress(f"round {number + 1} of {rounds}")
+  _summarise(sizes, rows, seconds, theirs, rounds)
+  recompiled = ours.changed()
+  return {
+    "rows": list(rows.values()),
+    "recompiled": recompiled,
+    "matmul_s": matmuls,
+    "peak_rss_bytes": {
+      name: side.peak_rss() for name, side in (("jax", ours), *theirs.items())
+    },
+    **ours.about(),
+    **{k: v for side in theirs.values() for k, v in side.about().items()},
+  }
+
+
+def _summarise(sizes, rows, seconds, theirs, rounds) -> None:
+  """Medians, and ratios within each round."""
+
+  def divided(a, b):
+    return spread([x / y for x, y in zip(a, b, strict=True)])
+
+  for case, row in rows.items():
+    plain = dataclasses.replace(PLAIN, batch=case.batch)
+    pieces = {p: seconds[*p, case] for p in _pieces(sizes, case)}
+    ideal = [
+      sum(num * pieces[p][i] for p, num in _pieces(sizes, case).items())
+      for i in range(rounds)
+    ]
+    mine = seconds["jax", case]
+    row["jax"] = {
+      "seconds": mine,
+      **spread(mine),
+      "ideal_s": statistics.median(ideal),
+      "to_ideal": divided(mine, ideal),
+      "to_plain": divided(mine, seconds["jax", plain]),
+    }
+    velocity = pieces["velocity", None, case.batch]
+    row["ideal_to_plain"] = divided(ideal, [sizes.steps * v for v in velocity])
+    row["pieces_s"] = {" ".join(map(str, p)): v for p, v in pieces.items()}
+    for name in theirs:
+      other = seconds[name, case]
+      row[name] |= {
+        "seconds": other,
+        **spread(other),
+        "to_plain": divided(other, seconds[name, plain]),
+        "jax_to_it": divided(mine, other),
+      }
+
+
+def problems(report: Mapping[str, Any], names: Sequence[str], dtype: str) -> list[str]:
+  """What makes a run invalid, one line each."""
+  bad = []
+  if report["recompiled"]["compilations"]:
+    bad.append(f"{report['recompiled']} after the warm-up")
+  for row in report["rows"]:
+    where = f"{row['case']}, batch {row['batch']}"
+    if row["prompt_products_in_loops"] or not row["prompt_products_outside_loops"]:
+      bad.append(f"{where}: prompts are projected inside of the loop")
+    for name in names:
+      error, same = row[name]["relative_error"], row[name]["same_choices"]
+      if dtype == "float32" and not (error <= AGREE and same == 1):
+        bad.append(
+          f"{where}: {name} differs by {error:.1e}, {same:.0%} of its choices are ours"
+        )
+  return bad
+
+
+def table(report: Mapping[str, Any], names: Sequence[str]) -> str:
+  """The rows as a Markdown table."""
+  head = ["case", "batch", "FLOP ratio (full size)", "jax to k = 1", "ideal to k = 1"]
+  head += ["jax to its ideal", *(f"{name} to k = 1" for name in names)]
+  head += [f"jax to {name}" for name in names]
+  head += ["temporary, MiB", *(f"difference to {name}" for name in names)]
+  lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+  ranged = lambda s: f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"  # noqa: E731
+  for row in report["rows"]:
+    cells = [
+      row["case"],
+      str(row["batch"]),
+      f"{row['flops_to_plain']:.2f} ({row['full_size_flops_to_plain']:.2f})",
+      ranged(row["jax"]["to_plain"]),
+      f"{row['ideal_to_plain']['median']:.2f}",
+      ranged(row["jax"]["to_ideal"]),
+      *(f"{row[name]['to_plain']['median']:.2f}" for name in names),
+      *(ranged(row[name]["jax_to_it"]) for name in names),
+      f"{row['temporary_bytes'] / 2**20:.1f}",
+      *(f"{row[name]['relative_error']:.1e}" for name in names),
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def details(report: Mapping[str, Any], names: Sequence[str]) -> str:
+  """What the table leaves out: absolute times, bytes, counts."""
+  lines = []
+  for row in report["rows"]:
+    text = (
+      f"{row['case']}, batch {row['batch']}: jax {row['jax']['median']:.3f} s "
+      f"(ideal {row['jax']['ideal_s']:.3f}; lowering {row['lower_s']:.1f}, compiling "
+      f"{row['compile_s']:.1f})"
+    )
+    if row["peak_bytes"] is not None:
+      rose = "" if row["peak_bytes"] > row["peak_bytes_before"] else "at most "
+      text += f", peak {rose}{row['peak_bytes'] / aot.GIB:.2f} GiB"
+    for name in names:
+      other = row[name]
+      text += (
+        f"; {name} {other['median']:.3f} s (first call {other['first_run_s']:.1f})"
+      )
+      if other["peak_bytes"] is not None:
+        text += f", peak {other['peak_bytes'] / aot.GIB:.2f} GiB"
+    lines.append(text)
+  rss = ", ".join(
+    f"{name} {size / aot.GIB:.2f} GiB"
+    for name, size in report["peak_rss_bytes"].items()
+  )
+  drift = max(report["matmul_s"]) / min(report["matmul_s"])
+  lines += [
+    f"peak resident size of each process (weights are made there): {rss}",
+    "peaks of a device include the weights of all scorers",
+    f"a fixed product between the rounds: slowest / fastest {drift:.2f}",
+    f"calls with other prompts, seeds, windows, noise and guidance: "
+    f"{report['recompiled']['calls']}, compilations: "
+    f"{report['recompiled']['compilations']}",
+    f"published for 21 blocks, k = 6: {PUBLISHED} times k = 1",
+  ]
+  return "\n".join(lines)
+
+
+# --- compiled without the device ---------------------------------------------------
+
+
+def compile_for(target: aot.Target, sizes: Sizes, case: Case) -> dict[str, Any]:
+  """One full-size sampler on one chip: bytes and compile time."""
+  impl = attention.resolve("auto", build.dtype(sizes.dtype), target.kind)
+  made = abstract_denoiser(sizes, case.scorer, impl)
+  mesh = jax.sharding.Mesh(target.devices, ("data",))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  struct = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole)  # noqa: E731
+
+  def arguments():
+    cond, uncond, keys = jax.eval_shape(lambda: make_inputs(sizes, case.batch, 0))
+    dtype = build.dtype(sizes.dtype)
+    cond, uncond = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, dtype), (cond, uncond)
+    )
+    config, side = sizes.generator, sizes.latent
+    x = jax.ShapeDtypeStruct((case.batch, side, side, config.in_channels), jnp.float32)
+    guidance = jax.ShapeDtypeStruct((), jnp.float32)
+    return cond, uncond, x, make_schedule(sizes, case), keys, guidance
+
+  args = jax.tree.map(struct, (made.params, *arguments()))
+  config, n = sizes.generator, flops.image_tokens(sizes.generator, *[sizes.latent] * 2)
+  count = case.batch * 2 * sizes.steps * flops.mmdit(config, n, sizes.text_tokens)
+  report = aot.report(
+    jax.jit(make_program(made, case)),
+    args,
+    target,
+    flops_per_step=count * relative_flops(sizes, case),
+  )
+  memory, program = report.memory, report.program
+  return {
+    "case": case.name,
+    "batch": case.batch,
+    "blocks": "scanned" if sizes.scan else "unrolled",
+    "teraflops": report.model_flops / 1e12,
+    "argument_gib": memory.arguments / aot.GIB,
+    "temporary_gib": memory.temporaries / aot.GIB,
+    "total_gib": memory.total / aot.GIB,
+    "compiler_peak_gib": memory.compiler_peak and memory.compiler_peak / aot.GIB,
+    "fits": report.fits,
+    "attention_kernels": sum(
+      calls
+      for name, calls in (program.custom_calls if program else {}).items()
+      if name.startswith(("__cudnn$fmha", "splash"))
+    ),
+    "at_least_s": report.lower_bound,
+    "lower_s": report.lower_seconds,
+    "compile_s": report.compile_seconds,
+  }
+
+
+def aot_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """The rows as a Markdown table."""
+  lines = [
+    "| case | batch | blocks | TFLOP | at least, s | arguments, GiB | temporaries, GiB "
+    "| total, GiB | compiler's peak, GiB | lowering, s | compiling, s |",
+    "|" + "---|" * 11,
+  ]
+  for r in rows:
+    peak = r["compiler_peak_gib"]
+    lines.append(
+      f"| {r['case']} | {r['batch']} | {r['blocks']} | {r['teraflops']:.0f} "
+      f"| {r['at_least_s']:.2f} | {r['argument_gib']:.2f} | {r['temporary_gib']:.2f} "
+      f"| {r['total_gib']:.2f} | {'-' if peak is None else f'{peak:.2f}'} "
+      f"| {r['lower_s']:.0f} | {r['compile_s']:.0f} |"
+    )
+  return "\n".join(lines)
+
+
+# --- the command -------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Sizes, list[Case]]:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--full", action="store_true", help="SD3.5-Medium, 512 px, bfloat16, unrolled"
+  )
+  sizes = ("layers", "heads", "head_dim", "latent", "text_tokens", "steps")
+  for name in sizes:
+    parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+  parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+  parser.add_argument("--scan", action=argparse.BooleanOptionalAction)
+  parser.add_argument(
+    "--batch", type=int, nargs="+", help="default: 1; with --full or --aot 1 and 8"
+  )
+  parser.add_argument(
+    "--cases",
+    nargs="+",
+    choices=list(CASES),
+    help=f"default: {' '.join(TIMED)}; with --aot {' '.join(COMPILED)}",
+  )
+  parser.add_argument(
+    "--torch", nargs="*", choices=["eager", "compile"], default=["eager"]
+  )
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--calls", type=int, default=3, help="of each piece, per round")
+  parser.add_argument("--aot", help="compile for h200, v5e:2x2, ...; nothing runs")
+  parser.add_argument("--target-config", help="GPU description for --aot (text proto)")
+  parser.add_argument("--out", help="also write the result to this JSON file")
+  args = parser.parse_args(argv)
+  if args.layers is not None and args.layers < 24:
+    parser.error("--layers: the scorers need 24 blocks or more")
+
+  large = args.full or args.aot is not None
+  base = Sizes.full() if large else Sizes()
+  given = {
+    name: getattr(args, name)
+    for name in (*sizes, "dtype", "scan")
+    if getattr(args, name) is not None
+  }
+  if args.aot is not None and args.aot != "h200":
+    given.setdefault("scan", True)  # TPUs compile unrolled blocks slowly
+  names = args.cases or (TIMED if args.aot is None else COMPILED)
+  if PLAIN.name not in names and args.aot is None:
+    names = [PLAIN.name, *names]
+  batches = args.batch or ([1, 8] if large else [1])
+  cases = [dataclasses.replace(CASES[n], batch=b) for b in batches for n in names]
+  return args, dataclasses.replace(base, **given), cases
+
+
+def main(argv: list[str] | None = None) -> int:
+  args, sizes, cases = parse(argv)
+  print(
+    f"{sizes.layers} blocks of width {sizes.generator.width}, latent {sizes.latent}x"
+    f"{sizes.latent}, {sizes.text_tokens} text tokens, {sizes.steps} steps, guidance "
+    f"{GUIDANCE}, {sizes.dtype}, blocks {'scanned' if sizes.scan else 'unrolled'}",
+    flush=True,
+  )
+  result = {
+    **dataclasses.asdict(sizes),
+    "width": sizes.generator.width,
+    "guidance_scale": GUIDANCE,
+    "machine": platform.machine(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }
+  if args.aot is not None:
+    try:
+      target = aot.target(args.aot, args.target_config)
+    except (aot.NotInstalledError, aot.TargetError) as e:
+      print(f"explore: {e}", file=sys.stderr)
+      return NOT_INSTALLED if isinstance(e, aot.NotInstalledError) else 2
+    target = dataclasses.replace(target, devices=target.devices[:1])
+    rows = []
+    for case in cases:
+      rows.append(compile_for(target, sizes, case))
+      print(aot_table(rows[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{aot_table(rows)}")
+    report = result | {"device": args.aot, "jax": jax.__version__, "rows": rows}
+    write(args.out, report)
+    return 0
+
+  # Both frameworks share one GPU: jax must not take three quarters of it at once.
+  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  convert = pathlib.Path(__file__).resolve().parent.parent / "convert"
+  sys.path.append(str(convert))  # for the processes that are started
+  names = [f"torch-{how}" for how in args.torch]
+  theirs = {  # whose jax only makes the weights
+    f"torch-{how}": Remote(TorchSide, sizes, how == "compile", platform="cpu")
+    for how in args.torch
+  }
+  start = time.perf_counter()
+  measured = measure(
+    sizes,
+    cases,
+    Remote(JaxSide, sizes),
+    theirs,
+    rounds=args.rounds,
+    calls=args.calls,
+    progress=lambda text: print(
+      f"[{time.perf_counter() - start:.0f} s] {text}", file=sys.stderr, flush=True
+    ),
+  )
+  report = result | measured
+  report["cores"] = len(os.sched_getaffinity(0))
+  report["rounds"] = args.rounds
+  print(f"\n{table(report, names)}\n\n{details(report, names)}")
+  write(args.out, report)
+  bad = problems(report, names, sizes.dtype)
+  for line in bad:
+    print(f"explore: {line}", file=sys.stderr)
+  return 1 if bad else 0
+
+
+def write(path: str | None, report: Mapping[str, Any]) -> None:
+  if path is not None:
+    pathlib.Path(path).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -562,6 +562,7 @@ class Pipeline:
 
   def schedule(self, settings: Settings) -> sample.Schedule:
     """The steps, at the folder's noise levels."""
+    settings = self.resolve(settings)
     cost = {} if settings.mode is None else self._cost(settings)
     return settings.schedule(self._sigmas(settings.num_steps), **cost)
 

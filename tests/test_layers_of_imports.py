@@ -45,7 +45,7 @@ ONE_ANOTHER = (2, 5)
 # Imported only where PyTorch checkpoints or parity are the subject.
 TORCH = {"torch", "torchvision", "diffusers", "peft", "accelerate"}
 TORCH_FREE = ("lrm_jax", "train", "configs")  # benchmarks time it beside jax
-SCRIPT_FOLDERS = ("train", "convert", "benchmarks")  # on sys.path when one of their files runs
+SCRIPT_FOLDERS = ("train", "convert", "benchmarks")  # on sys.path when they run
 FOLDERS = ("lrm_jax", "train", "convert", "configs", "benchmarks", "tests")
 
 

@@ -312,15 +312,6 @@ def _join(parts: Sequence[Generated]) -> Generated:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FinalLevel:
-  """Where a reward is asked for its final score."""
-
-  u_bits: np.uint32
-  sigma: np.float32
-  add_noise: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class _Program:
   """What of the settings a program is compiled for."""
 
@@ -398,13 +389,10 @@ class Pipeline:
       shift=schedule["shift"],
       num=schedule["num_train_timesteps"],
     )
-    self._final_levels = {}
-    for name, part in denoiser.rewards.items():
-      table = scorer_lib.sigma_table(reward_folders[name], part.scoring)
-      us, sigmas = scorer_lib.noise_levels(part.scoring.u_generated, table)
-      self._final_levels[name] = _FinalLevel(
-        us[0].view(np.uint32), sigmas[0], part.scoring.add_noise
-      )
+    self._final_levels = {
+      name: scorer_lib.Level.of(reward_folders[name], part.scoring)
+      for name, part in denoiser.rewards.items()
+    }
     self._text_part: encoders.TextEncoder | None = None
     self._vae_part: build.Model | None = None
     self._keys_jit = jax.jit(_keys, static_argnames="n")
@@ -816,12 +804,10 @@ class Pipeline:
     inputs = self._reward_inputs(given.embedded)
     scores = {}
     for name, reward_fn in fns.items():
-      level = self._final_levels.get(name)
-      sigma, noisy = jnp.zeros(len(x), jnp.float32), x
-      if level is not None:
-        sigma = jnp.full(len(x), level.sigma, jnp.float32)
-        if level.add_noise and level.sigma > 0:
-          noisy = jax.vmap(functools.partial(_noised, level))(x, keys)
+      if name in self._final_levels:
+        noisy, sigma = scorer_lib.at_level(self._final_levels[name], x, keys)
+      else:
+        noisy, sigma = x, jnp.zeros(len(x), jnp.float32)
       scores[name] = reward_fn(inputs[name], noisy, sigma).astype(jnp.float32)
     return scores
 
@@ -908,13 +894,6 @@ def _keys(seeds: jax.Array, *, n: int):
   keys = jax.vmap(jax.random.key)(seeds)
   tries = explore_lib.sample_keys(keys, n)
   return keys, *(tries[:, i] for i in range(n))
-
-
-def _noised(level: _FinalLevel, x0: jax.Array, key: jax.Array) -> jax.Array:
-  """(h w C) at the level, as `Scorer.score(..., key=key, indices=[0])` makes it."""
-  ids = jnp.zeros(1, jnp.uint32)
-  sigma = jnp.full(1, level.sigma, jnp.float32)
-  return scorer_lib.noised(x0[None], key, ids, level.u_bits, np.uint32(0), sigma)[0]
 
 
 def _decode(graphdef, config: vae.VAEConfig, params, latents):

@@ -827,6 +827,50 @@ def noise_levels(
   return us, np.asarray(flow.nearest_sigma(us, table))
 
 
+@dataclasses.dataclass(frozen=True)
+class Level:
+  """The level at which a reward was published for generated latents.
+
+  Attributes:
+    u_bits: of u, see `noised`.
+    sigma: the noise level that u stands for.
+    add_noise: noise is mixed into the latent; False only tells the model the level.
+  """
+
+  u_bits: np.uint32
+  sigma: np.float32
+  add_noise: bool
+
+  @classmethod
+  def of(cls, folder: str | os.PathLike, scoring: reward.ScoringConfig) -> "Level":
+    """That of the reward in a folder.
+
+    Raises:
+      FolderError: u is to be looked up, and the folder has no scheduler.
+    """
+    table = sigma_table(folder, scoring)
+    us, sigmas = noise_levels(scoring.u_generated, table)
+    return cls(us[0].view(np.uint32), sigmas[0], scoring.add_noise)
+
+
+def at_level(
+  level: Level, x0: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Clean latents at a level: x (b H W C) and sigma (b,), for use inside jit.
+
+  Each with the noise that `Scorer.score(..., key=keys[i], indices=[0])` gives it.
+  """
+  sigma = jnp.full(len(x0), level.sigma, jnp.float32)
+  if not level.add_noise or level.sigma == 0:
+    return x0, sigma
+
+  def draw(x0, key):
+    ids = jnp.zeros(1, jnp.uint32)
+    return noised(x0[None], key, ids, level.u_bits, np.uint32(0), sigma[:1])[0]
+
+  return jax.vmap(draw)(x0, keys), sigma
+
+
 def report(raw: np.ndarray, scoring: reward.ScoringConfig) -> np.ndarray:
   """Raw scores on the scale that the model's authors report."""
   return (np.asarray(raw) + scoring.offset) / scoring.scale

@@ -32,7 +32,7 @@ LEVELS: tuple[tuple[str, tuple[int, int]], ...] = (
   (r"lrm_jax\.build", (3, 0)),
   (r"lrm_jax\.(encoders|denoiser)", (3, 1)),
   (r"lrm_jax\.(scorer|policy)", (3, 2)),
-  (r"lrm_jax\.pipeline", (3, 3)),
+  (r"lrm_jax\.(pipeline|alignment)", (3, 3)),
   (r"lrm_jax\.benchmark_scores", (3, 3)),
   (r"lrm_jax\.(score|generate)", (4, 0)),
   (r"(train|convert|configs|benchmarks)\.\w+", (4, 0)),

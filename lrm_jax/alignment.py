@@ -16,6 +16,7 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lrm_jax import denoiser as denoiser_lib
@@ -25,6 +26,14 @@ from lrm_jax.align import experience, lpo, policy_gradient, refl
 from lrm_jax.models import features
 
 METHODS = ("step_grpo", "flow_grpo", "lpo")
+# Folded into an iteration's key, beyond all numbers of samples.
+LATE_STEP, REAL = 2**31, 2**31 + 1
+# Pins arrays whose first axis is samples to their devices.
+Constrain = Callable[[Any], Any]
+
+
+def _same(tree: Any) -> Any:
+  return tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +44,28 @@ class Recipe:
     method: of METHODS. Flow-GRPO-Fast is flow_grpo with an SDE window in the schedule.
     weights: name of a reward -> weight of its advantage (LPO: of its score). Rewards
       that are not named are only reported.
+    finished: the same of rewards that the denoiser does not have, whose scores of
+      finished samples come from elsewhere: see `with_finished`.
     group_size: g.
+    global_std: finished samples' advantages are in units of all their rewards' std,
+      not of their prompt's.
     guidance_scale: of rollouts and updates; 1 is none.
     sampler: of `sample.SAMPLERS`, a stochastic one.
     candidates, chunk: of step_grpo and lpo, see `explore.Explore`.
     clip_range, max_advantage: of the policy gradient.
     kl_coef: weight of the KL divergence from the generator without adapters; 0 leaves
       its computation out.
-    micro_batches: parts of the samples, whose gradients are added up.
+    minibatches: parts of the samples; each makes an optimizer step.
+    micro_batches: parts of a minibatch, whose gradients are added up.
     threshold: of LPO, (at sigma 0, at sigma 1).
     beta, ratio_clip: of LPO.
   """
 
   method: str
   weights: Mapping[str, float]
+  finished: Mapping[str, float] = dataclasses.field(default_factory=dict)
   group_size: int = 24
+  global_std: bool = False
   guidance_scale: float = 4.5
   sampler: str = "sde"
   candidates: int = 6
@@ -57,6 +73,7 @@ class Recipe:
   clip_range: float = 1e-4
   max_advantage: float = 5.0
   kl_coef: float = 0.01
+  minibatches: int = 1
   micro_batches: int = 1
   threshold: tuple[float, float] = (0.35, 0.5)
   beta: float = 500.0
@@ -65,15 +82,26 @@ class Recipe:
   def __post_init__(self):
     if self.method not in METHODS:
       raise ValueError(f"method={self.method!r}: use one of {', '.join(METHODS)}")
-    if not any(self.weights.values()):
+    if not any([*self.weights.values(), *self.finished.values()]):
       raise ValueError(f"weights={dict(self.weights)} optimise nothing")
-    for name in ("group_size", "micro_batches"):
+    for name in ("group_size", "minibatches", "micro_batches"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
-    if self.method == "flow_grpo" and self.group_size < 2:
-      raise ValueError("group_size=1: flow_grpo compares the samples of a prompt")
+    if self.group_size < 2 and (self.method == "flow_grpo" or self.finished):
+      raise ValueError(
+        f"group_size=1: {self.method} compares finished samples of a prompt"
+      )
+    if self.method == "lpo" and self.finished:
+      raise ValueError(
+        f"lpo compares candidates, it cannot learn from {sorted(self.finished)}, "
+        "rewards of finished samples"
+      )
+    if self.global_std and self.method != "flow_grpo" and not self.finished:
+      raise ValueError(f"global_std=True: {self.method} compares no finished samples")
     if self.method != "flow_grpo" and self.candidates < 2:
       raise ValueError(f"candidates={self.candidates}: {self.method} compares them")
+    if self.method != "flow_grpo":
+      explore.Explore(self.candidates, chunk=self.chunk)  # says what does not fit
     if sample.find_sampler(self.sampler).log_prob is None:
       raise ValueError(f"sampler={self.sampler!r} has no log-probabilities")
 
@@ -111,16 +139,20 @@ def make_collect(
   recipe: Recipe,
   levels: Mapping[str, scorer.Level],
   latent: tuple[int, int, int],
+  *,
+  constrain: Constrain = _same,
 ) -> Callable:
   """`collect(params, adapters, prompts, schedule, key) -> (Collected, metrics)`, pure.
 
   Every sample's randomness comes from the key and its number, not from the devices.
-  Metrics: `reward/<name>`, the mean raw score of finished samples, and
-  `collect/zero_std`, the share of groups that teach nothing.
+  Metrics: `reward/<name>`, the mean raw score of finished samples; of the rewards with
+  a weight, `collect/zero_std`, the share of groups that teach nothing, and
+  `collect/bad`, the share of scores that are not finite (they teach nothing either).
 
   Args:
     levels: of each of the denoiser's rewards: where finished samples are scored.
     latent: (H, W, C).
+    constrain: pins arrays whose first axis is samples to their devices.
 
   Raises:
     ValueError: weights of rewards that the denoiser does not have.
@@ -132,22 +164,13 @@ def make_collect(
     )
 
   def collect(params, adapters, prompts: Prompts, schedule, key):
-    inputs, reward_inputs = _inputs(
-      model, params, prompts, recipe.group_size, recipe.guidance_scale
+    inputs, reward_inputs, keys = _inputs(
+      model, params, prompts, recipe.group_size, recipe.guidance_scale, key, constrain
     )
-    b = len(jax.tree.leaves(inputs)[0])
-    keys = _keys(key, b)
     velocity = _guided(policy.velocity_fn(params, adapters), recipe.guidance_scale)
     score = {name: model.reward_fn(params, name) for name in model.rewards}
-
-    def final(name):
-      def of_samples(inputs, x0):
-        return score[name](inputs, *scorer.at_level(levels[name], x0, keys))
-
-      return of_samples
-
-    finals = {name: final(name) for name in model.rewards}
-    x = sample.initial_noise(keys, latent)
+    finals = _final_rewards(model, params, levels, keys)
+    x = constrain(sample.initial_noise(keys, latent))
     common = dict(keys=keys, sampler=sampler)
     if recipe.method == "flow_grpo":
       x0, made = experience.samples(
@@ -157,7 +180,12 @@ def make_collect(
       groups = {
         name: r.reshape(-1, recipe.group_size) for name, r in made.scores.items()
       }
-      signal = experience.advantages(made, recipe.weights, group_size=recipe.group_size)
+      signal = experience.advantages(
+        made,
+        recipe.weights,
+        group_size=recipe.group_size,
+        global_std=recipe.global_std,
+      )
     else:
       x0, made = experience.candidates(
         velocity,
@@ -175,13 +203,127 @@ def make_collect(
         signal = sum(w * made.scores[name] for name, w in recipe.weights.items())
       else:
         signal = experience.advantages(made, recipe.weights)
-    idle = [policy_gradient.zero_std_ratio(groups[name]) for name in recipe.weights]
-    metrics = {f"reward/{name}": jnp.mean(r) for name, r in scores.items()}
-    metrics["collect/zero_std"] = jnp.mean(jnp.stack(idle))
+    metrics = {f"reward/{name}": _finite_mean(r) for name, r in scores.items()}
+    if recipe.weights:
+      # Steps outside of the exploring window have no scores at all.
+      used = schedule.explore & (jnp.asarray(schedule.noise_level) > 0)
+      metrics |= _teaching(groups, recipe.weights, used)
     made = made.replace(scores={})
     return Collected(x0, scores, made, signal, inputs), metrics
 
   return collect
+
+
+def _teaching(groups: Mapping, weights: Mapping, used) -> dict[str, jax.Array]:
+  """`collect/zero_std` and `collect/bad`; groups are (..., g) or (T b k)."""
+  idle, bad = [], []
+  for name in weights:
+    scores = groups[name]
+    share = 1.0
+    if scores.ndim == 3:
+      share = jnp.mean(used.astype(jnp.float32))
+      scores = jnp.where(used[:, None, None], scores, jnp.arange(scores.shape[-1]))
+    idle.append(policy_gradient.zero_std_ratio(scores) / share)
+    bad.append(jnp.mean((~jnp.isfinite(scores)).astype(jnp.float32)) / share)
+  return {
+    "collect/zero_std": jnp.mean(jnp.stack(idle)),
+    "collect/bad": jnp.mean(jnp.stack(bad)),
+  }
+
+
+def _finite_mean(scores: jax.Array) -> jax.Array:
+  """The mean of what is finite, NaN where nothing is."""
+  finite = jnp.isfinite(scores)
+  return jnp.sum(jnp.where(finite, scores, 0)) / jnp.sum(finite)
+
+
+def with_finished(
+  recipe: Recipe, collected: Collected, scores: Mapping[str, jax.Array]
+) -> tuple[Collected, dict[str, jax.Array]]:
+  """Adds the advantages of rewards that looked at finished samples elsewhere.
+
+  For instance at their pixels. Each is normalised within its prompt's group, and
+  counts for the transitions that led to the sample. Pure.
+
+  Args:
+    scores: name -> (b,), for every name of `recipe.finished`.
+
+  Returns: the experience to learn from, and the metric `collect/zero_std_finished`.
+  """
+  group_size = recipe.group_size
+  made = collected.experience.replace(scores=dict(scores))
+  more = experience.advantages(
+    made, recipe.finished, group_size=group_size, global_std=recipe.global_std
+  )
+  idle = [
+    policy_gradient.zero_std_ratio(scores[name].reshape(-1, group_size))
+    for name in recipe.finished
+  ]
+  metrics = {"collect/zero_std_finished": jnp.mean(jnp.stack(idle))}
+  return collected.replace(signal=collected.signal + more), metrics
+
+
+def make_evaluate(
+  policy: policy_lib.Policy,
+  levels: Mapping[str, scorer.Level],
+  latent: tuple[int, int, int],
+  *,
+  num: int,
+  guidance_scale: float,
+  sampler: str = "euler",
+  constrain: Constrain = _same,
+) -> Callable:
+  """`evaluate(params, adapters, prompts, schedule, key) -> (x0, scores, distance)`.
+
+  Pure. `num` samples of each prompt, neighbours; the same key gives the same noise, so
+  that evaluations of a run can be compared. x0 (b H W C), scores name -> (b,) as
+  published for generated latents, distance (p,): the root mean square difference of
+  two samples of a prompt, per latent value: its diversity.
+
+  Raises:
+    ValueError: fewer than two samples.
+  """
+  if num < 2:
+    raise ValueError(f"{num} sample(s) of a prompt have no diversity: use two or more")
+  model = policy.denoiser
+
+  def evaluate(params, adapters, prompts: Prompts, schedule, key):
+    inputs, reward_inputs, keys = _inputs(
+      model, params, prompts, num, guidance_scale, key, constrain
+    )
+    velocity = _guided(policy.velocity_fn(params, adapters), guidance_scale)
+    x = constrain(sample.initial_noise(keys, latent))
+    x0, _ = sample.rollout(
+      velocity,
+      inputs,
+      x,
+      schedule,
+      sampler=sample.find_sampler(sampler),
+      keys=keys,
+    )
+    finals = _final_rewards(model, params, levels, keys)
+    scores = {name: finals[name](reward_inputs[name], x0) for name in finals}
+    return x0, scores, _distance(x0.reshape(-1, num, *latent))
+
+  return evaluate
+
+
+def _distance(x: jax.Array) -> jax.Array:
+  """(p,) root mean square difference of two of the samples x (p g H W C)."""
+  g = x.shape[1]
+  # The mean over all pairs is twice the variance, ddof 1.
+  variance = jnp.sum((x - x.mean(axis=1, keepdims=True)) ** 2, axis=1) / (g - 1)
+  return jnp.sqrt(2 * jnp.mean(variance, axis=(1, 2, 3)))
+
+
+def _final_rewards(model, params, levels, keys) -> dict[str, Callable]:
+  """Each reward, of finished samples at its own level: `(inputs, x0) -> (b,)`."""
+
+  def of(name):
+    score = model.reward_fn(params, name)
+    return lambda inputs, x0: score(inputs, *scorer.at_level(levels[name], x0, keys))
+
+  return {name: of(name) for name in model.rewards}
 
 
 def make_update(
@@ -191,16 +333,17 @@ def make_update(
   *,
   ema_decay: float | None,
 ) -> Callable:
-  """`update(state, params, collected, steps) -> (state, metrics)`, pure.
+  """`update(state, params, collected, steps, minibatch=0) -> (state, metrics)`, pure.
 
-  One optimizer step on the mean loss over `steps` (S,) of the schedule and over all
-  samples; gradients are added up one step and one micro-batch at a time. `state.params`
-  are the adapters.
+  One optimizer step on the mean loss over `steps` (S,) of the schedule and over the
+  samples of a minibatch, one of 0 .. recipe.minibatches - 1; gradients are added up one
+  step and one micro-batch at a time. `state.params` are the adapters.
 
   Raises (when called):
-    ValueError: samples that do not make equal micro-batches.
+    ValueError: samples that do not make equal parts.
   """
-  sampler, parts = sample.find_sampler(recipe.sampler), recipe.micro_batches
+  sampler, micro = sample.find_sampler(recipe.sampler), recipe.micro_batches
+  parts = micro * recipe.minibatches
 
   def loss_at(velocity, reference, inputs, x, x_next, log_prob, signal, at):
     if recipe.method == "lpo":
@@ -232,22 +375,27 @@ def make_update(
       max_advantage=recipe.max_advantage,
     )
 
-  def update(state, params, collected: Collected, steps):
+  def update(state, params, collected: Collected, steps, minibatch=0):
     made = experience.take_steps(collected.experience, steps)
     num_steps, b = made.x.shape[:2]
     if b % parts:
-      raise ValueError(f"{b} samples do not make {parts} equal micro-batches")
+      raise ValueError(
+        f"{b} samples do not make {recipe.minibatches} minibatches of {micro} equal "
+        "micro-batches"
+      )
 
     def split(a, axis):  # sample i goes to part i % parts: no data moves
       shape = (*a.shape[:axis], b // parts, parts, *a.shape[axis + 1 :])
-      return jnp.moveaxis(a.reshape(shape), axis + 1, axis)
+      a = a.reshape(shape)
+      a = jax.lax.dynamic_slice_in_dim(a, minibatch * micro, micro, axis + 1)
+      return jnp.moveaxis(a, axis + 1, axis)
 
     inputs = jax.tree.map(lambda a: split(a, 0), collected.inputs)
     rows = (made.x, made.x_next, made.log_prob, collected.signal[jnp.asarray(steps)])
-    rows = jax.tree.map(lambda a: split(a, 1), rows)  # (S parts b/parts ...)
+    rows = jax.tree.map(lambda a: split(a, 1), rows)  # (S micro b/parts ...)
     rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
-    at = jax.tree.map(lambda a: jnp.repeat(a, parts), made.at)
-    part = jnp.tile(jnp.arange(parts), num_steps)
+    at = jax.tree.map(lambda a: jnp.repeat(a, micro), made.at)
+    part = jnp.tile(jnp.arange(micro), num_steps)
     reference = _guided(policy.denoiser.velocity_fn(params), recipe.guidance_scale)
 
     def loss_fn(adapters, item):
@@ -273,16 +421,22 @@ def make_refl_update(
   window: tuple[int, int],
   target: float,
   ema_decay: float | None,
+  real_weight: float = 0.0,
+  constrain: Constrain = _same,
 ) -> Callable:
-  """`update(state, params, prompts, schedule, key) -> (state, metrics)`, pure.
+  """`update(state, params, prompts, schedule, key, real) -> (state, metrics)`, pure.
 
-  ReFL: the gradient of one reward, through one late step of the ODE.
+  ReFL: the gradient of one reward, through one late step of the ODE. `real` are real
+  data, (x0 (n H W C), cond (n ...)), or None.
 
   Args:
     level: where the prediction of the clean latent is scored.
     guidance_scale: of the rollout; the step with gradients is unguided.
     window: that step is one of `start <= i < stop`, drawn evenly.
     target: of the loss, on the reported scale.
+    real_weight: of the flow-matching loss on the real data, which keeps the policy
+      near them; noise levels as SD3 draws them, logit-normal(0, 1). 0: none.
+    constrain: pins arrays whose first axis is samples to their devices.
 
   Raises:
     ValueError: an empty window, or (when called) one outside the schedule.
@@ -293,19 +447,30 @@ def make_refl_update(
   model = policy.denoiser
   scoring = model.rewards[reward].scoring
 
-  def update(state, params, prompts: Prompts, schedule, key):
+  def real_loss(velocity, params, real, key):
+    x0, cond = constrain(real)
+    inputs = model.embed(params, cond)[denoiser_lib.GENERATOR]
+    sigma_key, eps_key = jax.random.split(jax.random.fold_in(key, REAL))
+    sigma = jax.nn.sigmoid(jax.random.normal(sigma_key, (len(x0),)))
+    eps = jax.random.normal(eps_key, x0.shape)
+    return refl.flow_matching_loss(velocity, inputs, x0, eps, sigma)
+
+  def update(state, params, prompts: Prompts, schedule, key, real=None):
+    if (real is None) != (real_weight == 0):
+      raise ValueError(f"real_weight={real_weight}, real data: {real is not None}")
     if stop > len(schedule):
       raise ValueError(
         f"the window {start}:{stop} of ReFL is outside the {len(schedule)} steps"
       )
-    inputs, reward_inputs = _inputs(model, params, prompts, 1, guidance_scale)
+    inputs, reward_inputs, keys = _inputs(
+      model, params, prompts, 1, guidance_scale, key, constrain
+    )
     cond = inputs if guidance_scale == 1 else inputs[0]
-    keys = _keys(key, len(cond.pooled))
-    at = jax.random.randint(key, (), start, stop)
+    at = jax.random.randint(jax.random.fold_in(key, LATE_STEP), (), start, stop)
     x = refl.rollout_until(
       _guided(policy.velocity_fn(params, state.params), guidance_scale),
       inputs,
-      sample.initial_noise(keys, latent),
+      constrain(sample.initial_noise(keys, latent)),
       schedule,
       at,
     )
@@ -318,12 +483,57 @@ def make_refl_update(
 
     def loss_fn(adapters):
       velocity = policy.velocity_fn(params, adapters)
-      return refl.loss(velocity, score, cond, x, sigma, target=target)
+      loss, metrics = refl.loss(velocity, score, cond, x, sigma, target=target)
+      if real is not None:
+        flow_loss = real_loss(velocity, params, real, key)
+        loss = loss + real_weight * flow_loss
+        metrics = {**metrics, "flow_loss": jax.lax.stop_gradient(flow_loss)}
+      return loss, metrics
 
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     return _step(state, grads, loss, metrics, tx, ema_decay)
 
   return update
+
+
+def passes(
+  policy: policy_lib.Policy,
+  recipe: Recipe | None,
+  schedule: sample.Schedule,
+  *,
+  num_trained: int,
+  inner_epochs: int,
+  guidance_scale: float,
+  refl: tuple[str, tuple[int, int]] | None = None,
+) -> dict[str, float]:
+  """What an iteration costs per sample, in forward passes of the whole generator.
+
+  Guidance doubles a velocity; a score counts by its blocks; a backward pass counts two
+  forward ones; the reference of KL and LPO is one more. Rewards that are only reported
+  are left out, and so is recomputation.
+
+  Args:
+    recipe: None for ReFL, which `refl` then describes: its reward and its window.
+    num_trained: S.
+
+  Returns: `collect`, and `update` (all updates together). ReFL only updates.
+  """
+  model = policy.denoiser
+  blocks = {
+    name: part.config.backbone.num_layers / model.config.num_layers
+    for name, part in model.rewards.items()
+  }
+  guided = 1 + (guidance_scale != 1)
+  if recipe is None:
+    name, (start, stop) = refl
+    return {"update": guided * (start + stop - 1) / 2 + 3 * (1 + blocks[name])}
+  scoring = sum(blocks[name] for name in recipe.weights)
+  if recipe.method != "flow_grpo":
+    explored = np.asarray(schedule.explore) & (np.asarray(schedule.noise_level) > 0)
+    scoring *= recipe.candidates * explored.sum()
+  reference = recipe.method == "lpo" or recipe.kl_coef > 0
+  update = inner_epochs * num_trained * guided * (3 + reference)
+  return {"collect": float(guided * len(schedule) + scoring), "update": float(update)}
 
 
 def _step(state, grads, loss, metrics, tx, ema_decay):
@@ -347,13 +557,16 @@ def _inputs(
   prompts: Prompts,
   group_size: int,
   guidance_scale: float,
-) -> tuple[Any, dict[str, Any]]:
-  """The policy's inputs and each reward's, g rows in a row for each prompt."""
+  key: jax.Array,
+  constrain: Constrain,
+) -> tuple[Any, dict[str, Any], jax.Array]:
+  """The policy's inputs, each reward's, and keys: g rows in a row for each prompt."""
   embedded = model.embed(params, prompts.cond)
-  embedded = explore.repeat_rows(embedded, group_size)
+  embedded = constrain(explore.repeat_rows(embedded, group_size))
   inputs = embedded[denoiser_lib.GENERATOR]
   if guidance_scale != 1:
     uncond = model.embed(params, prompts.uncond)[denoiser_lib.GENERATOR]
     shape = lambda a, like: jnp.broadcast_to(a, like.shape)  # noqa: E731
     inputs = inputs, jax.tree.map(shape, uncond, inputs)
-  return inputs, model.reward_inputs(embedded)
+  keys = constrain(_keys(key, len(embedded[denoiser_lib.GENERATOR].pooled)))
+  return inputs, model.reward_inputs(embedded), keys

@@ -1,4 +1,4 @@
-"""What makes a model's inputs: prompts to `Cond`, images to latents.
+"""Into and out of latent space: prompts to `Cond`, images to latents and back.
 
 Axes: b batch, H W pixels, h w c latent, l tokens, d context width, e pooled width.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lrm_jax import build, text, weights
@@ -37,6 +38,17 @@ def encode_image(graphdef, config, params, image, key, ids):
 
     z = jax.vmap(draw)(z, logvar, ids)
   return vae.scale_latents(z, config)
+
+
+def decode_latents(graphdef, config, params, latents):
+  """Images (b H W 3) uint8 of scaled latents (b h w c); what is not finite is black.
+
+  Args:
+    graphdef, config, params: of a `vae.VAE` (`build.load_vae`).
+  """
+  image = nnx.merge(graphdef, params).decode(vae.unscale_latents(latents, config))
+  values = jnp.nan_to_num(jnp.clip(image, -1, 1) * 127.5 + 127.5)
+  return jnp.round(values).astype(jnp.uint8)
 
 
 def _encode(graphdefs, t5_shape, dtype, params, ids):

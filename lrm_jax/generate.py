@@ -23,22 +23,19 @@ import os
 import pathlib
 import re
 import sys
-import textwrap
 from typing import Any
 import warnings
 
 import jax
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 import tqdm
 
 import lrm_jax
-from lrm_jax import explore, pipeline, run_log, sample, scorer
+from lrm_jax import explore, pipeline, run_log, sample, scorer, sheets
+from lrm_jax.data import prompts as prompts_lib
 
-THUMBNAIL = 160  # pixels of the longer side
 SHEET_COLUMNS, SHEET_LINES = 8, 24  # images side by side and one above the other
-LABEL_WIDTH, CAPTION_HEIGHT, FONT_SIZE, MARGIN = 220, 18, 12, 6
 # Settings in which a run and its continuation may differ: none of them changes an
 # image by more than rounding.
 MAY_CHANGE = "batch_size|save_latents"
@@ -143,19 +140,7 @@ def read_prompts(prompts: Sequence[str], file: str | os.PathLike | None) -> list
     except UnicodeEncodeError as e:
       raise ValueError(f"the prompt {prompt!r} is not valid UTF-8") from e
   if file is not None:
-    try:
-      content = pathlib.Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-      raise ValueError(
-        f"{file} is not valid UTF-8 (byte {e.start}): save it with that encoding"
-      ) from e
-    except OSError as e:
-      raise OSError(f"the prompts file {file} cannot be read: {e.strerror}") from e
-    # Not splitlines, which also splits at rare separators within a prompt.
-    lines = [line.strip() for line in content.split("\n")]
-    if not any(lines):
-      raise ValueError(f"{file} holds no prompts: every line is blank")
-    found += [line for line in lines if line]
+    found += prompts_lib.read(file)
   if not found:
     raise ValueError("no prompts: pass --prompt or --prompts-file")
   return found
@@ -427,33 +412,15 @@ def contact_sheets(
     for row in rows
     for start in range(0, len(row), columns)
   ]
-  # Pillow's own font has little more than English letters.
-  fonts = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf")
-  font = ImageFont.truetype(fonts / "DejaVuSans.ttf", FONT_SIZE)
-  with Image.open(folder / rows[0][0]["image"]) as image:
-    cell_width, cell_height = ImageOps.contain(image, (THUMBNAIL, THUMBNAIL)).size
-  cell_width = max(cell_width, THUMBNAIL // 2)  # captions need some room
-  step_x, step_y = cell_width + MARGIN, cell_height + CAPTION_HEIGHT + MARGIN
   for first in range(0, len(lines), SHEET_LINES):
-    held = lines[first : first + SHEET_LINES]
-    size = (LABEL_WIDTH + columns * step_x, MARGIN + len(held) * step_y)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, (prompt, cells) in enumerate(held):
-      top = MARGIN + y * step_y
-      wrapped = textwrap.wrap(
-        prompt,
-        int(LABEL_WIDTH / (0.6 * FONT_SIZE)),  # a wide average letter
-        max_lines=max(1, step_y // (FONT_SIZE + 4)),
-        placeholder=" ...",
-      )
-      draw.multiline_text((MARGIN, top), "\n".join(wrapped), "black", font)
-      for x, line in enumerate(cells):
-        left = LABEL_WIDTH + x * step_x
+    page = []
+    for prompt, cells in lines[first : first + SHEET_LINES]:
+      images = []
+      for line in cells:
         with Image.open(folder / line["image"]) as image:
-          sheet.paste(ImageOps.contain(image, (THUMBNAIL, THUMBNAIL)), (left, top))
-        draw.text((left, top + cell_height + 2), _caption(line), "black", font)
-    yield sheet
+          images.append((sheets.thumbnail(image), _caption(line)))
+      page.append((prompt, images))
+    yield sheets.draw(page, columns=columns)
 
 
 def _caption(line: Mapping[str, Any]) -> str:

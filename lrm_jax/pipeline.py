@@ -20,7 +20,7 @@ import pathlib
 import sys
 from typing import Any
 
-from flax import nnx, struct
+from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -854,7 +854,7 @@ class Pipeline:
     if self._decode_jit is None:
       model = self._vae_part
       self._decode_jit = jax.jit(
-        functools.partial(_decode, model.graphdef, model.config)
+        functools.partial(encoders.decode_latents, model.graphdef, model.config)
       )
     b, height, width, _ = latents.shape
     pixels = height * width * self._vae_part.config.downsampling**2
@@ -894,12 +894,6 @@ def _keys(seeds: jax.Array, *, n: int):
   keys = jax.vmap(jax.random.key)(seeds)
   tries = explore_lib.sample_keys(keys, n)
   return keys, *(tries[:, i] for i in range(n))
-
-
-def _decode(graphdef, config: vae.VAEConfig, params, latents):
-  image = nnx.merge(graphdef, params).decode(vae.unscale_latents(latents, config))
-  values = jnp.nan_to_num(jnp.clip(image, -1, 1) * 127.5 + 127.5)
-  return jnp.round(values).astype(jnp.uint8)
 
 
 def _no_reward(inputs, x, sigma):

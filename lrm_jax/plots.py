@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 # Distinct in greyscale and for colour-blind readers (Okabe and Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_ACROSS = 3  # panels in a row, at most
 
 
 def accuracy_vs_sigma(
@@ -228,8 +229,15 @@ def gain_and_cost(
   Raises:
     ValueError: no panels, columns that differ in length.
   """
-  figure, grid = _new_grid(len(curves) + len(bars))
-  for axes, (merit, methods) in zip(grid, curves.items(), strict=False):
+  # Each kind in a layout of its own: the names and the legend of the bars would push
+  # the curves apart.
+  kinds = [len(kind) for kind in (curves, bars) if kind]
+  down = [-(-num // _ACROSS) for num in kinds]
+  figure = _new_canvas(max(kinds, default=0), sum(down))
+  rows = figure.subfigures(len(kinds), 1, squeeze=False, height_ratios=down).flat
+  above = _add_grid(next(rows), len(curves)) if curves else []
+  below = _add_grid(next(rows), len(bars)) if bars else []
+  for axes, (merit, methods) in zip(above, curves.items(), strict=True):
     for i, (name, columns) in enumerate(methods.items()):
       cost, mean, spread = (np.asarray(column, float) for column in columns)
       if not len(cost) == len(mean) == len(spread) > 0:
@@ -249,10 +257,8 @@ def gain_and_cost(
     axes.set_title(merit, loc="left", fontsize=9)
     axes.set_xlabel("network evaluations per sample")
   if curves:
-    grid[0].legend(frameon=False, fontsize=8)
-  for axes, (setting, (names, shares)) in zip(
-    grid[len(curves) :], bars.items(), strict=True
-  ):
+    above[0].legend(frameon=False, fontsize=8)
+  for axes, (setting, (names, shares)) in zip(below, bars.items(), strict=True):
     at = np.arange(len(names))
     width = 0.8 / max(len(shares), 1)
     for i, (merit, values) in enumerate(shares.items()):
@@ -273,6 +279,72 @@ def gain_and_cost(
     axes.set_xlabel("share of the gain (%)")
     # Beside the axes: bars leave no corner free.
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+  figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+  figure.savefig(path, format="png")
+
+
+def panels(
+  path: str | os.PathLike,
+  curves: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
+  *,
+  xlabel: str,
+  title: str = "",
+) -> None:
+  """Saves a PNG of curves, a panel per title: `curves[title][name] = (x, y)`.
+
+  Raises:
+    ValueError: no panels.
+  """
+  figure, grid = _new_grid(len(curves))
+  for axes, (panel, mine) in zip(grid, curves.items(), strict=True):
+    for i, (name, (x, y)) in enumerate(mine.items()):
+      colour = _COLOURS[i % len(_COLOURS)]
+      axes.plot(x, y, color=colour, linewidth=1.4, label=name)
+    axes.set_title(panel, loc="left", fontsize=9)
+    axes.set_xlabel(xlabel)
+    axes.legend(frameon=False, fontsize=7)
+  figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+  figure.savefig(path, format="png")
+
+
+def seeds(
+  path: str | os.PathLike,
+  panels: Mapping[
+    str, tuple[str, Mapping[str, tuple[np.ndarray, np.ndarray]], float | None]
+  ],
+  *,
+  title: str = "",
+) -> None:
+  """Saves a PNG of runs with several seeds, a panel per title.
+
+  A thick line through the seeds' means, a thin one for each seed.
+
+  Args:
+    panels: title -> (name of x, name of a run -> (x (s n), y (s n)), the y of a dotted
+      line or None).
+
+  Raises:
+    ValueError: no panels, or x and y of different shapes.
+  """
+  figure, grid = _new_grid(len(panels))
+  for axes, (panel, (xlabel, mine, level)) in zip(grid, panels.items(), strict=True):
+    for i, (name, (x, y)) in enumerate(mine.items()):
+      if np.shape(x) != np.shape(y) or np.ndim(x) != 2:
+        raise ValueError(
+          f"panel {panel!r}, {name!r}: x {np.shape(x)} and y {np.shape(y)} must be "
+          "(seeds, points) both"
+        )
+      colour = _COLOURS[i % len(_COLOURS)]
+      if len(x) > 1:
+        for each_x, each_y in zip(x, y, strict=True):
+          axes.plot(each_x, each_y, color=colour, linewidth=0.6, alpha=0.5)
+      means = np.mean(x, axis=0), np.mean(y, axis=0)
+      axes.plot(*means, color=colour, linewidth=1.8, label=name)
+    if level is not None:
+      axes.axhline(level, color="0.4", linewidth=1, linestyle=":", label="real data")
+    axes.set_title(panel, loc="left", fontsize=9)
+    axes.set_xlabel(xlabel)
+    axes.legend(frameon=False, fontsize=7)
   figure.suptitle(title, x=0.01, ha="left", fontsize=11)
   figure.savefig(path, format="png")
 
@@ -299,21 +371,32 @@ def _new_figure():
 
 def _new_grid(num: int, size: tuple[float, float] | None = None):
   """A figure with `num` axes, three in a row at most."""
+  figure = _new_canvas(num, -(-num // _ACROSS), size)
+  return figure, _add_grid(figure, num)
+
+
+def _new_canvas(num: int, down: int, size: tuple[float, float] | None = None):
+  """An empty figure for `num` axes or more, `down` below each other."""
   # Imported here: it takes a second, and most programs draw nothing.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   if num < 1:
     raise ValueError("a figure without panels")
-  across = min(num, 3)
-  down = -(-num // across)
-  size = size or (3.4 * across, 0.4 + 2.8 * down)
+  size = size or (3.4 * min(num, _ACROSS), 0.4 + 2.8 * down)
   # Without pyplot: no global state, and no display is ever looked for.
   figure = Figure(figsize=size, dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
+  return figure
+
+
+def _add_grid(figure, num: int) -> list:
+  """`num` axes in a figure or in a part of one."""
+  across = min(num, _ACROSS)
+  down = -(-num // across)
   grid = [figure.add_subplot(down, across, i + 1) for i in range(num)]
   for axes in grid:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
-  return figure, grid
+  return grid

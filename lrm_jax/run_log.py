@@ -4,7 +4,7 @@ A run folder gets `metrics.jsonl` (one flat object per step), TensorBoard events
 `run.json`. One process writes: with several hosts, make a RunLog on process 0 only.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -19,6 +19,7 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 import tensorboardX
 
@@ -112,6 +113,75 @@ class RunLog:
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+class LateLog:
+  """Metrics fetched one step late, so that the devices never wait for the host.
+
+  Every step's loss and gradient norm are checked when they are fetched, also where
+  nothing is written, so that a NaN is reported with the step it came from. Closes the
+  log that it was given.
+  """
+
+  def __init__(
+    self,
+    log: RunLog | None,
+    more: Callable[[], Mapping[str, float]],
+    *,
+    remedy: str,
+  ):
+    """
+    Args:
+      log: None on processes that write nothing.
+      more: metrics of the host, asked for when a line is written.
+      remedy: what to do about a NaN.
+    """
+    self._log, self._more, self._remedy = log, more, remedy
+    self._unchecked: list[tuple[int, Any, Any]] = []
+    self._pending: tuple[int, dict[str, Any]] | None = None
+
+  def step(self, step: int, metrics: Mapping[str, Any], *, now: bool) -> None:
+    """Notes a step's metrics; `now`: they are to be written (at the next flush)."""
+    if self._pending is not None:
+      self.flush()
+    if "train/loss" in metrics:
+      self._unchecked.append((step, metrics["train/loss"], metrics["train/grad_norm"]))
+    if now:
+      self._pending = step, dict(metrics)
+
+  def add(self, metrics: Mapping[str, float]) -> None:
+    """More metrics of the step that is to be written."""
+    self._pending[1].update(metrics)
+
+  def flush(self, *, write: bool = True) -> None:
+    """Fetches, checks and writes what is there.
+
+    Raises:
+      FloatingPointError: NaN or infinity, with the step.
+    """
+    unchecked, self._unchecked = self._unchecked, []
+    for step, loss, norm in jax.device_get(unchecked):
+      if not (np.isfinite(loss) and np.isfinite(norm)):
+        raise FloatingPointError(
+          f"at step {step}: train/loss = {loss}, train/grad_norm = {norm}; checkpoints "
+          f"are from before. {self._remedy}"
+        )
+    if self._pending is not None and write:
+      (step, metrics), self._pending = self._pending, None
+      metrics = {**jax.device_get(metrics), **self._more()}
+      if self._log is not None:
+        self._log.log(step, metrics)
+
+  def __enter__(self) -> "LateLog":
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    try:
+      if kind is None:
+        self.flush()
+    finally:
+      if self._log is not None:
+        self._log.close()
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, float | int]]:

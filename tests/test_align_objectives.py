@@ -23,10 +23,15 @@ def test_golden_advantages(golden, global_std):
   assert helpers.rel_err(got, golden[f"adv/global_std_{global_std}"]) < 1e-12
 
 
-def test_group_advantages_are_those_of_equal_prompts():
-  rewards = np.random.default_rng(0).normal(size=(5, 4))
-  want = policy_gradient.prompt_advantages(rewards.ravel(), np.repeat(np.arange(5), 4))
-  got = policy_gradient.group_advantages(jnp.asarray(rewards, jnp.float32))
+@pytest.mark.parametrize("global_std", [False, True])
+def test_group_advantages_are_those_of_equal_prompts(global_std):
+  rewards = np.random.default_rng(0).normal(size=(5, 4)) * np.arange(1, 6)[:, None]
+  want = policy_gradient.prompt_advantages(
+    rewards.ravel(), np.repeat(np.arange(5), 4), global_std=global_std
+  )
+  got = policy_gradient.group_advantages(
+    jnp.asarray(rewards, jnp.float32), global_std=global_std
+  )
   np.testing.assert_allclose(got.ravel(), want, rtol=1e-4, atol=1e-5)
 
 

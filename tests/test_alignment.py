@@ -136,7 +136,9 @@ def test_micro_batches_change_nothing(one):
   np.testing.assert_allclose(a["train/grad_norm"], b["train/grad_norm"], rtol=1e-4)
   for path, leaf in whole.params.items():
     np.testing.assert_allclose(leaf, parts.params[path], atol=2e-4)
-  with pytest.raises(ValueError, match="8 samples do not make 3 equal"):
+  with pytest.raises(
+    ValueError, match="8 samples do not make 1 minibatches of 3 equal"
+  ):
     one.iterate("step", one.start(), jax.random.key(1), micro_batches=3)
 
 
@@ -202,6 +204,10 @@ def test_refl_raises_the_reward(one):
     (dict(sampler="euler"), "sampler='euler' has no log-probabilities"),
     (dict(sampler="sd"), "sampler 'sd'"),
     (dict(micro_batches=0), "micro_batches=0"),
+    (dict(minibatches=0), "minibatches=0"),
+    (dict(global_std=True), "step_grpo compares no finished samples"),
+    (dict(finished={"hps": 1.0}), "group_size=1: step_grpo compares finished"),
+    (dict(method="lpo", group_size=2, finished={"hps": 1.0}), "cannot learn from"),
   ],
 )
 def test_impossible_recipes(change, message):

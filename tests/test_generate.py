@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from lrm_jax import explore, generate, pipeline
+from lrm_jax import explore, generate, pipeline, sheets
 from tests import generating
 
 LONG = "a photo of a cat " + "and a dog " * 40
@@ -145,7 +145,7 @@ def test_what_is_written(folders, loaded, whole, tmp_path, capfd):
       np.testing.assert_allclose(score["raw"], made.raw["head"][0], rtol=1e-3)
       np.testing.assert_allclose(score["reported"], made.reported["head"][0], rtol=1e-3)
   with Image.open(out / "contact_sheet.png") as sheet:
-    width = generate.LABEL_WIDTH + 2 * (generate.THUMBNAIL + generate.MARGIN)
+    width = sheets.LABEL_WIDTH + 2 * (sheets.THUMBNAIL + sheets.MARGIN)
     assert sheet.width == width and sheet.getextrema()[0][0] < 50
 
 
@@ -379,9 +379,9 @@ def test_contact_sheets_of_many_images(tmp_path):
   assert first.width == second.width and first.height > second.height
   assert generate._caption(scored) == "0.500 / not finite"
   assert generate._caption(line) == "seed 3"
-  step = (first.width - generate.LABEL_WIDTH) // 8
-  top = generate.MARGIN
+  step = (first.width - sheets.LABEL_WIDTH) // 8
+  top = sheets.MARGIN
   blue = [
-    first.getpixel((generate.LABEL_WIDTH + x * step + 5, top + 5)) for x in range(8)
+    first.getpixel((sheets.LABEL_WIDTH + x * step + 5, top + 5)) for x in range(8)
   ]
   assert blue == [(0, 0, 255)] * 8

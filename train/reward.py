@@ -531,7 +531,7 @@ def run(
   key_data = np.asarray(jax.random.key_data(trainer.key)).tolist()
   seen_shapes: set[tuple[int, ...]] = set()
   rows: list[dict] = []
-  log = Log(trainer, workdir, start, speed)
+  log = _make_log(config, workdir, start, speed)
 
   def save(step: int, data_state: dict, metrics: Mapping[str, float] | None = None):
     log.flush()  # a state that came from NaN must not become a checkpoint
@@ -625,81 +625,25 @@ def _flops_per_image(trainer: Trainer, shape: tuple[int, ...]) -> int:
   )
 
 
-class Log:
-  """The run's metrics, fetched one step late so that the devices never wait.
-
-  Every step's loss is checked when it is fetched, also where nothing is written, so
-  that a NaN is reported with the step it came from.
-  """
-
-  def __init__(
-    self,
-    trainer: Trainer,
-    workdir: pathlib.Path,
-    start: int,
-    speed: run_log.Throughput,
-  ):
-    config = trainer.config
-    self._speed = speed
-    self._unchecked: list[tuple[int, jax.Array, jax.Array]] = []
-    self._pending: tuple[int, dict[str, Any]] | None = None
-    self._log = None
-    if processes.is_main():
-      self._log = run_log.RunLog(
-        workdir,
-        resume_step=start,
-        total_steps=config.train.num_steps,
-        console_metrics=(
-          "train/loss",
-          "train/acc",
-          "perf/images_per_s",
-          "perf/mfu",
-        ),
-        wandb_project=config.wandb_project,
-      )
-
-  def step(self, step: int, metrics: Mapping[str, jax.Array], *, now: bool) -> None:
-    """Notes a step's metrics; `now`: they are to be written (at the next flush)."""
-    if self._pending is not None:
-      self.flush()
-    self._unchecked.append((step, metrics["train/loss"], metrics["train/grad_norm"]))
-    if now:
-      self._pending = step, dict(metrics)
-
-  def add(self, metrics: Mapping[str, float]) -> None:
-    """More metrics of the step that is to be written."""
-    self._pending[1].update(metrics)
-
-  def flush(self, *, write: bool = True) -> None:
-    """Fetches, checks and writes what is there.
-
-    Raises:
-      FloatingPointError: NaN or infinity, with the step.
-    """
-    unchecked, self._unchecked = self._unchecked, []
-    for step, loss, norm in jax.device_get(unchecked):
-      if not (np.isfinite(loss) and np.isfinite(norm)):
-        raise FloatingPointError(
-          f"at step {step}: train/loss = {loss}, train/grad_norm = {norm}; checkpoints "
-          "are from before. Lower train.learning_rate or train.clip_norm, or look at "
-          "the data of this step"
-        )
-    if self._pending is not None and write:
-      (step, metrics), self._pending = self._pending, None
-      metrics = jax.device_get(metrics) | self._speed.rates()
-      if self._log is not None:
-        self._log.log(step, metrics)
-
-  def __enter__(self) -> "Log":
-    return self
-
-  def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-    try:
-      if kind is None:
-        self.flush()
-    finally:
-      if self._log is not None:
-        self._log.close()
+def _make_log(
+  config: ConfigDict, workdir: pathlib.Path, start: int, speed: run_log.Throughput
+) -> run_log.LateLog:
+  """Of the main process; the others only check."""
+  log = None
+  if processes.is_main():
+    log = run_log.RunLog(
+      workdir,
+      resume_step=start,
+      total_steps=config.train.num_steps,
+      console_metrics=("train/loss", "train/acc", "perf/images_per_s", "perf/mfu"),
+      wandb_project=config.wandb_project,
+    )
+  return run_log.LateLog(
+    log,
+    speed.rates,
+    remedy="Lower train.learning_rate or train.clip_norm, or look at the data of this "
+    "step",
+  )
 
 
 # --- without the devices -----------------------------------------------------------
@@ -748,11 +692,6 @@ def abstract_run(
   )
 
 
-# Passes over attention per step, in units of its forward: itself and, in flash kernels,
-# two and a half times that backward; with full rematerialisation once more.
-_ATTENTION_PASSES = {"none": 3.5, "attention": 3.5, "full": 4.5}
-
-
 def aot_report(
   config: ConfigDict, name: str, target_config: str | None, recipe: str
 ) -> aot.Report:
@@ -778,7 +717,9 @@ def aot_report(
   attention_flops = images * flops.attention(
     backbone, flops.image_tokens(backbone, *size), config.aot.text_tokens
   )
-  in_kernels = _ATTENTION_PASSES[config.model.remat] if target.kind == "tpu" else 0.0
+  in_kernels = 0.0
+  if target.kind == "tpu":
+    in_kernels = flops.ATTENTION_PASSES[config.model.remat]
   return aot.report(
     step,
     args,

@@ -32,6 +32,7 @@ class Experience:
     x: (T b H W C) states.
     x_next: (T b k H W C) next states drawn from them.
     log_prob: (T b k) under the policy that drew them.
+    chosen: (T b) int32, the next state that carried on.
     scores: name of a reward -> (T b k), or (b,) of finished samples; NaN where
       nothing was scored.
   """
@@ -40,6 +41,7 @@ class Experience:
   x: jax.Array
   x_next: jax.Array
   log_prob: jax.Array
+  chosen: jax.Array
   scores: dict[str, jax.Array]
 
 
@@ -100,7 +102,12 @@ def candidates(
   explored = jnp.isfinite(steps.scores).all(axis=(1, 2))
   scores = jax.lax.map(score, (steps.candidates, schedule.sigma_next, explored))
   made = Experience(
-    schedule, steps.x[:, :, 0], steps.candidates, steps.log_prob, scores
+    schedule,
+    steps.x[:, :, 0],
+    steps.candidates,
+    steps.log_prob,
+    steps.chosen[:, :, 0],
+    scores,
   )
   return x, jax.lax.stop_gradient(made)
 
@@ -131,7 +138,12 @@ def samples(
     for name, reward in rewards.items()
   }
   made = Experience(
-    schedule, seen.x[:-1], seen.x[1:, :, None], seen.log_prob[..., None], scores
+    schedule,
+    seen.x[:-1],
+    seen.x[1:, :, None],
+    seen.log_prob[..., None],
+    jnp.zeros(seen.log_prob.shape, jnp.int32),
+    scores,
   )
   return x, jax.lax.stop_gradient(made)
 
@@ -152,16 +164,20 @@ def advantages(
   weights: Mapping[str, float],
   *,
   group_size: int | None = None,
+  global_std: bool = False,
 ) -> Float[Array, "T b k"]:
   """Of every transition: the weighted sum of each reward's own advantages.
 
   Rewards are normalised before they are added (DiNa-LRM mixes 0.2 of a second one), so
-  their scales do not matter. What has no finite score gets none.
+  their scales do not matter. What has no finite score gets none. A reward of finished
+  samples counts for the transitions that led to them; candidates that were not carried
+  on have no part in it.
 
   Args:
     weights: reward's name -> weight; rewards not named do not count.
     group_size: g; samples of a prompt are neighbours. Only of finished samples, whose
       advantage is that of all their steps.
+    global_std: divide by the std of all finished samples, not of their prompt's.
 
   Raises:
     ValueError: samples that do not make whole groups.
@@ -173,9 +189,18 @@ def advantages(
       if not group_size or len(scores) % group_size:
         raise ValueError(f"{len(scores)} samples are not groups of {group_size}")
       groups = scores.reshape(-1, group_size)
-      each = policy_gradient.group_advantages(groups, jnp.isfinite(groups))
-      total = total + weight * each.reshape(1, -1, 1)
+      finite = jnp.isfinite(groups)
+      each = policy_gradient.group_advantages(groups, finite, global_std=global_std)
+      total = total + weight * _of_carried(experience, each.reshape(-1))
     else:
       finite = jnp.isfinite(scores)
       total = total + weight * policy_gradient.group_advantages(scores, finite)
   return total
+
+
+def _of_carried(
+  experience: Experience, advantages: Float[Array, " b"]
+) -> Float[Array, "T b k"]:
+  """A finished sample's advantage, given to every transition that led to it."""
+  k = experience.log_prob.shape[-1]
+  return jax.nn.one_hot(experience.chosen, k) * advantages[None, :, None]

@@ -24,6 +24,8 @@ STD_EPS = 1e-4  # Flow-GRPO's; also what makes advantages of equal rewards 0
 def group_advantages(
   rewards: Float[Array, "*groups g"],
   valid: Bool[Array, "*groups g"] | None = None,
+  *,
+  global_std: bool = False,
 ) -> Float[Array, "*groups g"]:
   """`(r - mean) / (std + 1e-4)` within each group, the last axis; std with ddof 0.
 
@@ -32,15 +34,22 @@ def group_advantages(
   Args:
     valid: members that count; the others, whose reward may be anything, get 0. None:
       all.
+    global_std: divide by the std of all rewards, not of the group's.
   """
   rewards = rewards.astype(jnp.float32)
   if valid is None:
     valid = jnp.ones(rewards.shape, bool)
-  rewards = jnp.where(valid, rewards, 0)
-  count = jnp.maximum(valid.sum(axis=-1, keepdims=True), 1)
-  centred = rewards - rewards.sum(axis=-1, keepdims=True) / count
-  centred = jnp.where(valid, centred, 0)
-  std = jnp.sqrt((centred**2).sum(axis=-1, keepdims=True) / count)
+
+  def centre(axis):
+    count = jnp.maximum(valid.sum(axis=axis, keepdims=True), 1)
+    kept = jnp.where(valid, rewards, 0)
+    mean = kept.sum(axis=axis, keepdims=True) / count
+    centred = jnp.where(valid, kept - mean, 0)
+    return centred, jnp.sqrt((centred**2).sum(axis=axis, keepdims=True) / count)
+
+  centred, std = centre(-1)
+  if global_std:
+    _, std = centre(None)
   return centred / (std + STD_EPS)
 
 

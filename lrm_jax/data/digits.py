@@ -10,11 +10,12 @@ width, e pooled width. Images are float32; real ones lie in [-1, 1], -1 is paper
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import importlib
 import os
 from typing import Any, Literal
 
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 import numpy as np
 from PIL import Image
 
@@ -79,6 +80,18 @@ def to_latent(images: Images, channels: int) -> Float32[np.ndarray, "n 8 8 c"]:
 def from_latent(latents: Float[np.ndarray, "n 8 8 c"]) -> Images:
   """Averages the channels; undoes `to_latent`."""
   return latents.mean(axis=-1, dtype=np.float32)
+
+
+def to_pixels(latents: Float[np.ndarray, "n 8 8 c"]) -> UInt8[np.ndarray, "n 8 8 3"]:
+  """As a picture has them: ink dark, values beyond [-1, 1] cut."""
+  images = np.clip(from_latent(latents), -1, 1)
+  grey = np.round(127.5 * (1 - images)).astype(np.uint8)
+  return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def from_pixels(pixels: UInt8[np.ndarray, "n 8 8 3"]) -> Images:
+  """Undoes `to_pixels`, to 1/255."""
+  return (1 - pixels[..., 0].astype(np.float32) / 127.5).astype(np.float32)
 
 
 # ------------------------------------------------------------------------- prompts
@@ -385,6 +398,25 @@ class Oracle:
   def prob(self, images: Images, digits: Labels) -> Float[np.ndarray, " n"]:
     """Probability that each image shows its digit (Nystroem, logistic regression)."""
     return np.exp(_log_prob(self._prob.decision_function(_flat(images)), digits))
+
+
+@functools.cache
+def _default_oracle() -> Oracle:
+  return Oracle(load_splits(0).oracle)
+
+
+def oracle_probability(
+  images: UInt8[np.ndarray, "n 8 8 3"], prompts: Sequence[str]
+) -> Float[np.ndarray, " n"]:
+  """A reward on pixels, for train/align.py: `Oracle.prob` of the prompts' digits.
+
+  Raises:
+    ValueError: a prompt that is not one of PROMPTS, or the empty one.
+  """
+  if unknown := sorted(set(prompts) - set(PROMPTS[1:])):
+    raise ValueError(f"the oracle knows no digit of the prompts {unknown}")
+  labels = np.array([PROMPT_DIGITS[PROMPTS.index(prompt)] for prompt in prompts])
+  return _default_oracle().prob(from_pixels(images), labels)
 
 
 def frechet_distance(

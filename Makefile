@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-stamp
 SETUP_CONVERT := $(VENV)/.setup-convert-stamp
 
-.PHONY: setup setup-convert quickstart test test-torch lint clean
+.PHONY: setup setup-convert quickstart quickstart-align test test-torch lint clean
 .DELETE_ON_ERROR:
 
 # The stamps are newer than pyproject.toml as long as it has not changed.
@@ -61,6 +61,10 @@ quickstart: setup
 	  --sigmas 0,0.1,0.25,0.4,0.5,0.75,0.9 --ensemble 0,0.1,0.25 --calibrate \
 	  --out runs/quickstart/evaluation --force
 	$(BIN)/python train/sample.py --config configs/quickstart.py
+
+# Aligns that generator with that reward model, by four methods.
+quickstart-align: setup
+	$(BIN)/python train/compare_align.py --config configs/quickstart_align.py
 
 # Every test, the slow ones included. Those that need torch skip without it.
 test: setup

@@ -20,11 +20,13 @@ The training step is compiled by the trainer (docs/aot.md); a table of its repor
   python train/reward.py --config configs/sd35m.py --aot v5e:4x4 --aot_out a.json
   python benchmarks/aot.py --table a.json b.json
 
+(train/align.py writes a list of two, one for each of its programs; a table takes both.)
+
 Exit code 3: the compiler for that device is not installed.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -116,8 +118,39 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def training_table(reports: Sequence[Mapping[str, Any]]) -> str:
   """Reports of training steps (`aot.Report.to_dict`) as a Markdown table."""
+
+  def what(settings, num_chips):
+    pairs = settings["train.batch_size"]
+    at_once = pairs / (num_chips * settings["train.accumulate"])
+    return settings["recipe"], f"{pairs} ({at_once:g})"
+
+  return _report_table("recipe", "pairs per step (per chip at once)", reports, what)
+
+
+def alignment_table(reports: Sequence[Mapping[str, Any]]) -> str:
+  """The same of reports on the programs of alignment."""
+
+  def what(settings, num_chips):
+    samples = settings["train.prompts"] * settings["group.group_size"]
+    parts = settings["train.rollout_parts"]
+    if settings["program"] == "update":
+      samples //= settings["train.minibatches"]
+      parts = settings["train.micro_batches"]
+    name = f"{settings['recipe']}, {settings['program']}"
+    return name, f"{samples} ({samples / (num_chips * parts):g})"
+
+  return _report_table("program", "samples (per chip at once)", reports, what)
+
+
+def _report_table(
+  first: str,
+  sizes: str,
+  reports: Sequence[Mapping[str, Any]],
+  what: Callable[[Mapping[str, Any], int], tuple[str, str]],
+) -> str:
+  """Rows of reports; `what` gives the cells whose columns are `first` and `sizes`."""
   columns = (
-    "recipe | target | mesh data x fsdp | pairs per step (per chip at once) | remat "
+    f"{first} | target | mesh data x fsdp | {sizes} | remat "
     "| memory: state + inputs, temporaries, total, GiB | fits "
     "| model TFLOP | collectives, GB | estimate + kernels, s | at least, s "
     "| compiling, s"
@@ -126,7 +159,7 @@ def training_table(reports: Sequence[Mapping[str, Any]]) -> str:
   for r in reports:
     s, m, program = r["settings"], r["memory"], r["program"]
     fsdp = r["num_chips"] if s["mesh.fsdp"] == -1 else s["mesh.fsdp"]
-    at_once = s["train.batch_size"] / (r["num_chips"] * s["train.accumulate"])
+    name, size = what(s, r["num_chips"])
     fits = f"{r['spare'] / aot.GIB:+.1f} GiB"
     collectives, estimate = "-", "-"
     if program is not None:
@@ -139,10 +172,10 @@ def training_table(reports: Sequence[Mapping[str, Any]]) -> str:
       estimate = f"{r['compiler_seconds']:.3f} + {r['kernel_seconds']:.3f}"
     bounds = {name: r[f"{name}_bound"] for name in ("compute", "memory", "link")}
     cells = (
-      s["recipe"],
+      name,
       r["target"],
       f"{r['num_chips'] // fsdp} x {fsdp}",
-      f"{s['train.batch_size']} ({at_once:g})",
+      size,
       s["model.remat"] + ("" if s["model.scan_blocks"] else ", unrolled"),
       f"{m['arguments'] / aot.GIB:.2f}, {m['temporaries'] / aot.GIB:.2f}, "
       f"{m['total'] / aot.GIB:.2f}",
@@ -174,8 +207,15 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
 
   if args.table:
-    reports = [json.loads(pathlib.Path(path).read_text()) for path in args.table]
-    print(training_table(reports))
+    files = [json.loads(pathlib.Path(path).read_text()) for path in args.table]
+    steps = [found for found in files if not isinstance(found, list)]
+    programs = [
+      report for found in files if isinstance(found, list) for report in found
+    ]
+    if steps:
+      print(training_table(steps))
+    if programs:
+      print(alignment_table(programs))
     return 0
   try:
     target = aot.target(args.device, args.target_config)

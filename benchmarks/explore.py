@@ -5,8 +5,9 @@ dual attention) and three scorers:
 
   drm    the first 21 blocks with weights of their own, convolutional head
   dina   the generator's first 12 blocks under adapters, Q-Former head
-  cheap  the generator's first 12 blocks as they are, Q-Former head, k = 6 in the
-         cheap mode's window; the winner's tokens start the next conditional pass
+  cheap  the generator's first 12 blocks as they are, Q-Former head, k = 4
+         and 6 in the cheap mode's window; the winner's tokens start the next
+         conditional pass
 
 Each case runs in jitted JAX and as a plain loop over diffusers' modules that does the
 same (scoring repeats the prompt embeddings and computes everything anew). Both hold the
@@ -189,7 +190,7 @@ CASES = {
     PLAIN,
     *(Case("drm", k) for k in (2, 4, 6, 12)),
     *(Case("dina", k) for k in (2, 4, 6)),
-    Case("cheap", 6),
+    *(Case("cheap", k) for k in (4, 6)),
     *(Case("drm", k, chunk=2) for k in (6, 12)),
   )
 }
@@ -270,44 +271,15 @@ def _own(params: Mapping, name: str) -> dict:
 def abstract_denoiser(
   sizes: Sizes, scorer: str | None, attention_impl: str = "auto"
 ) -> denoiser.Denoiser:
-  """As `denoiser.load` would make it from model folders, of abstract parameters."""
-  full, dtype = sizes.generator, build.dtype(sizes.dtype)
-  options = dict(
-    dtype=dtype,
-    param_dtype=dtype,
+  """With one scorer or none; cut in the same place, so that all share their arrays."""
+  return denoiser.abstract(
+    sizes.generator,
+    {} if scorer is None else {scorer: sizes.rewards[scorer]},
+    on_generator=() if scorer in (None, "drm") else (scorer,),
+    depth=sizes.dina_layers,
+    dtype=sizes.dtype,
     scan_blocks=sizes.scan,
     attention_impl=attention_impl,
-  )
-  cut = sizes.dina_layers
-  taps = sizes.taps if scorer == "cheap" else ()
-  prefix = full.truncate(cut, has_output=False, image_taps=taps, text_taps=taps)
-  graphdef, prefix_params = weights.abstract(
-    lambda: mmdit.MMDiT(prefix, rngs=nnx.Rngs(0), **options)
-  )
-  tail, tail_params = weights.abstract(
-    lambda: mmdit.Tail(full, cut, rngs=nnx.Rngs(0), **options)
-  )
-  parts, own = {}, {}
-  if scorer is not None:
-    config = sizes.rewards[scorer]
-    reward_graphdef, like = weights.abstract(
-      lambda: build.make_reward(config, **options)
-    )
-    own[scorer] = _own(like, scorer)
-    parts[scorer] = denoiser.RewardPart(
-      config=config,
-      scoring=reward.ScoringConfig(),
-      graphdef=reward_graphdef,
-      sharing={"drm": "nothing", "dina": "weights", "cheap": "prefix"}[scorer],
-      embedded="drm" if scorer == "drm" else denoiser.GENERATOR,
-    )
-  return denoiser.Denoiser(
-    config=full,
-    params={"prefix": prefix_params, "tail": tail_params, "rewards": own},
-    prefix=graphdef,
-    prefix_config=prefix,
-    tail=tail,
-    rewards=parts,
   )
 
 

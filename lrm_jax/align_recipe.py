@@ -27,7 +27,8 @@ def sd35_medium(method: str) -> ConfigDict:
   c.model = ConfigDict()
   c.model.generator = "models/sd35m"
   c.model.dtype = "bfloat16"  # frozen weights and compute; adapters are float32
-  c.model.scan_blocks = None  # None: unrolled on a GPU, else scanned
+  # None: unrolled on a GPU, else scanned.
+  c.model.scan_blocks = config_dict.placeholder(bool)
   c.model.remat = "attention"  # what gradients recompute: none, attention, full
   c.model.attention_impl = "auto"
   c.decoder = "vae"
@@ -63,6 +64,7 @@ def sd35_medium(method: str) -> ConfigDict:
   c.train.num_iterations = 2000
   c.train.prompts = 48  # per iteration
   c.train.inner_epochs = 1  # passes over an iteration's samples
+  c.train.rollout_parts = 1  # of the samples, rolled out one after another
   c.train.minibatches = 2  # optimizer steps per pass
   c.train.micro_batches = 4  # whose gradients are added up for one of them
   c.train.timestep_fraction = 0.99  # of the steps, from the noisy end: not the last one

@@ -55,6 +55,8 @@ class Recipe:
     clip_range, max_advantage: of the policy gradient.
     kl_coef: weight of the KL divergence from the generator without adapters; 0 leaves
       its computation out.
+    rollout_parts: of the samples, which are rolled out one after another. Changes
+      memory only, as micro_batches and chunk.
     minibatches: parts of the samples; each makes an optimizer step.
     micro_batches: parts of a minibatch, whose gradients are added up.
     threshold: of LPO, (at sigma 0, at sigma 1).
@@ -73,6 +75,7 @@ class Recipe:
   clip_range: float = 1e-4
   max_advantage: float = 5.0
   kl_coef: float = 0.01
+  rollout_parts: int = 1
   minibatches: int = 1
   micro_batches: int = 1
   threshold: tuple[float, float] = (0.35, 0.5)
@@ -84,17 +87,17 @@ class Recipe:
       raise ValueError(f"method={self.method!r}: use one of {', '.join(METHODS)}")
     if not any([*self.weights.values(), *self.finished.values()]):
       raise ValueError(f"weights={dict(self.weights)} optimise nothing")
-    for name in ("group_size", "minibatches", "micro_batches"):
+    for name in ("group_size", "rollout_parts", "minibatches", "micro_batches"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be >= 1")
-    if self.group_size < 2 and (self.method == "flow_grpo" or self.finished):
-      raise ValueError(
-        f"group_size=1: {self.method} compares finished samples of a prompt"
-      )
     if self.method == "lpo" and self.finished:
       raise ValueError(
         f"lpo compares candidates, it cannot learn from {sorted(self.finished)}, "
         "rewards of finished samples"
+      )
+    if self.group_size < 2 and (self.method == "flow_grpo" or self.finished):
+      raise ValueError(
+        f"group_size=1: {self.method} compares finished samples of a prompt"
       )
     if self.global_std and self.method != "flow_grpo" and not self.finished:
       raise ValueError(f"global_std=True: {self.method} compares no finished samples")
@@ -127,10 +130,10 @@ class Collected:
     inputs: the policy's, of all samples; `(cond, uncond)` under guidance.
   """
 
-  x0: jax.Array
-  final: dict[str, jax.Array]
+  x0: Any  # or shapes, or shardings
+  final: Any
   experience: experience.Experience
-  signal: jax.Array
+  signal: Any
   inputs: Any
 
 
@@ -155,7 +158,8 @@ def make_collect(
     constrain: pins arrays whose first axis is samples to their devices.
 
   Raises:
-    ValueError: weights of rewards that the denoiser does not have.
+    ValueError: weights of rewards that the denoiser does not have, or (when called)
+      samples that do not make equal parts.
   """
   model, sampler = policy.denoiser, sample.find_sampler(recipe.sampler)
   if unknown := sorted(set(recipe.weights) - set(model.rewards)):
@@ -169,24 +173,16 @@ def make_collect(
     )
     velocity = _guided(policy.velocity_fn(params, adapters), recipe.guidance_scale)
     score = {name: model.reward_fn(params, name) for name in model.rewards}
-    finals = _final_rewards(model, params, levels, keys)
-    x = constrain(sample.initial_noise(keys, latent))
-    common = dict(keys=keys, sampler=sampler)
-    if recipe.method == "flow_grpo":
-      x0, made = experience.samples(
-        velocity, finals, inputs, reward_inputs, x, schedule, **common
-      )
-      scores = made.scores
-      groups = {
-        name: r.reshape(-1, recipe.group_size) for name, r in made.scores.items()
-      }
-      signal = experience.advantages(
-        made,
-        recipe.weights,
-        group_size=recipe.group_size,
-        global_std=recipe.global_std,
-      )
-    else:
+
+    def roll_out(inputs, reward_inputs, keys):
+      finals = _final_rewards(model, params, levels, keys)
+      x = constrain(sample.initial_noise(keys, latent))
+      common = dict(keys=keys, sampler=sampler)
+      if recipe.method == "flow_grpo":
+        x0, made = experience.samples(
+          velocity, finals, inputs, reward_inputs, x, schedule, **common
+        )
+        return (x0, made.scores), made.replace(at=None, scores={})
       x0, made = experience.candidates(
         velocity,
         {name: score[name] for name in recipe.weights},
@@ -198,6 +194,21 @@ def make_collect(
         **common,
       )
       scores = {name: finals[name](reward_inputs[name], x0) for name in finals}
+      return (x0, scores), made.replace(at=None)
+
+    (x0, scores), made = _in_parts(
+      roll_out, recipe.rollout_parts, inputs, reward_inputs, keys
+    )
+    made = made.replace(at=jax.tree.map(jnp.asarray, schedule))
+    if recipe.method == "flow_grpo":
+      groups = {name: r.reshape(-1, recipe.group_size) for name, r in scores.items()}
+      signal = experience.advantages(
+        made.replace(scores=scores),
+        recipe.weights,
+        group_size=recipe.group_size,
+        global_std=recipe.global_std,
+      )
+    else:
       groups = made.scores
       if recipe.method == "lpo":
         signal = sum(w * made.scores[name] for name, w in recipe.weights.items())
@@ -212,6 +223,35 @@ def make_collect(
     return Collected(x0, scores, made, signal, inputs), metrics
 
   return collect
+
+
+def _in_parts(function: Callable, parts: int, *rows: Any) -> tuple[Any, Any]:
+  """`function(*rows)`, for one part of the rows after another.
+
+  Args:
+    function: `rows (b ...) -> (leaves (b ...), leaves (T b ...))`.
+
+  Raises:
+    ValueError: rows that do not make equal parts.
+  """
+  if parts == 1:
+    return function(*rows)
+  b = len(jax.tree.leaves(rows)[0])
+  if b % parts:
+    raise ValueError(f"{b} samples do not make {parts} equal parts of a rollout")
+
+  def split(a):  # row i goes to part i % parts: no data moves between devices
+    return jnp.moveaxis(a.reshape(b // parts, parts, *a.shape[1:]), 1, 0)
+
+  def join(a, axis):
+    a = jnp.moveaxis(a, 0, axis + 1)
+    return a.reshape(*a.shape[:axis], b, *a.shape[axis + 2 :])
+
+  first, late = jax.lax.map(lambda rows: function(*rows), jax.tree.map(split, rows))
+  return (
+    jax.tree.map(lambda a: join(a, 0), first),
+    jax.tree.map(lambda a: join(a, 1), late),
+  )
 
 
 def _teaching(groups: Mapping, weights: Mapping, used) -> dict[str, jax.Array]:

@@ -10,7 +10,7 @@ model. Nothing runs, and nothing here is a measurement.
   print(aot.format(aot.report(step, args, target, flops_per_step=3e15)))
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import importlib.util
 import math
@@ -334,6 +334,7 @@ def report(
   kernel_flops: float = 0.0,
   settings: Mapping[str, Any] | None = None,
   reserve: int = RESERVE,
+  advice: Callable[..., tuple[str, ...]] | None = None,
 ) -> Report:
   """Compiles a jitted function for a target. Takes minutes for a full-size step.
 
@@ -348,6 +349,8 @@ def report(
       cost the compiler does not see (recomputation included).
     settings: config key -> value, for the advice and the record.
     reserve: bytes of each chip to leave free.
+    advice: what to say of a program that does not fit, in place of `advise`, whose
+      arguments it takes.
 
   Raises:
     jax.errors.JaxRuntimeError: the compiler failed otherwise.
@@ -398,7 +401,7 @@ def report(
     capacity=capacity,
     fits=fits,
     spare=capacity - memory.total,
-    advice=() if fits else advise(memory, capacity, num_chips, settings),
+    advice=() if fits else (advice or advise)(memory, capacity, num_chips, settings),
     model_flops=flops,
     program=program,
     compiler_seconds=seconds,

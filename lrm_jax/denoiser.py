@@ -17,7 +17,7 @@ program and holds one copy of what they have in common:
 Axes: b batch, H W latent pixels, C latent channels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 import functools
 import os
@@ -232,6 +232,59 @@ def load(
   return dataclasses.replace(denoiser, params=params, rewards=parts)
 
 
+def abstract(
+  full: mmdit.MMDiTConfig,
+  rewards: Mapping[str, reward.RewardConfig],
+  *,
+  on_generator: Collection[str] = (),
+  depth: int | None = None,
+  dtype: str = "float32",
+  scan_blocks: bool = True,
+  attention_impl: str = "auto",
+) -> Denoiser:
+  """What `load` would make of model folders; parameters are ShapeDtypeStructs.
+
+  Scores are reported raw: how they are published is not in a config.
+
+  Args:
+    full: the generator, without adapters.
+    on_generator: names of the rewards whose backbone is the generator's first blocks,
+      as they are or under adapters; the others have one of their own.
+    depth: of the cut; None: where `load` cuts.
+    dtype, attention_impl: as of `load`.
+    scan_blocks: has no default of the platform, which need not be this one.
+
+  Raises:
+    ValueError: a reward for other prompts or latents than the generator's.
+  """
+  if unknown := sorted(set(on_generator) - set(rewards)):
+    raise ValueError(f"on_generator={unknown}, but the rewards are {sorted(rewards)}")
+  for name, config in rewards.items():
+    check_inputs(name, config.backbone, full)
+  options = dict(
+    dtype=build.dtype(dtype), scan_blocks=scan_blocks, attention_impl=attention_impl
+  )
+  depths = {n: c.backbone.num_layers for n, c in rewards.items() if n in on_generator}
+  if depth is None:
+    depth = next(iter(depths.values()), full.num_layers)
+  sharing = {name: rewards[name] for name, d in depths.items() if d == depth}
+  denoiser = _abstract_generator(full, depth, sharing, None, **options)
+
+  own, parts = {}, {}
+  for name, config in rewards.items():
+    graphdef, like = _abstract_reward(config, **options)
+    own[name], shares, embedded = like, "nothing", name
+    if name in sharing:
+      shared = weights.flatten(_shared_backbone(denoiser.params, config))
+      flat = weights.flatten(like)
+      own[name] = weights.unflatten({p: a for p, a in flat.items() if p not in shared})
+      shares, embedded = _sharing(config), _embedded(name, own[name])
+    scoring = reward.ScoringConfig()
+    parts[name] = RewardPart(config, scoring, graphdef, shares, embedded)
+  params = {**denoiser.params, "rewards": own}
+  return dataclasses.replace(denoiser, params=params, rewards=parts)
+
+
 def check_inputs(
   name: str, backbone: mmdit.MMDiTConfig, full: mmdit.MMDiTConfig
 ) -> None:
@@ -257,11 +310,11 @@ def _is_on_generator(folder: str | os.PathLike, generator: str | os.PathLike) ->
   return base.resolve() == ours.resolve() and not folder_lib.has(generator, "lora")
 
 
-def _load_generator(
-  folder: str | os.PathLike,
+def _abstract_generator(
   full: mmdit.MMDiTConfig,
   depth: int,
   sharing: Mapping[str, reward.RewardConfig],
+  adapters: lora.LoRAConfig | None,
   *,
   dtype: Any,
   scan_blocks: bool,
@@ -279,15 +332,6 @@ def _load_generator(
     image_taps=image_taps,
     text_taps=text_taps,
   )
-  params = {"prefix": build.load_transformer(folder, dtype=dtype).params}
-  adapters = None
-  if folder_lib.has(folder, "lora"):
-    path, entry = folder_lib.find(folder, "lora")
-    adapters = build.config_from_dict(entry["config"])
-    params["prefix"] = _overlay(params["prefix"], folder_lib.load_params(path))
-  if depth < full.num_layers:
-    params["prefix"], params["tail"] = mmdit.split_params(params["prefix"], full, depth)
-
   kw = dict(
     dtype=dtype,
     param_dtype=dtype,
@@ -303,15 +347,73 @@ def _load_generator(
       lora.add_adapters(model, adapters, rngs=nnx.Rngs(0))
     return model
 
-  graphdefs = {}
-  for part in params:
-    graphdefs[part], like = weights.abstract(functools.partial(make, part))
+  graphdefs, like = {}, {}
+  for part in ("prefix", "tail") if depth < full.num_layers else ("prefix",):
+    graphdefs[part], like[part] = weights.abstract(functools.partial(make, part))
+  return Denoiser(
+    full, like, graphdefs["prefix"], prefix_config, graphdefs.get("tail"), {}
+  )
+
+
+def _load_generator(
+  folder: str | os.PathLike,
+  full: mmdit.MMDiTConfig,
+  depth: int,
+  sharing: Mapping[str, reward.RewardConfig],
+  *,
+  dtype: Any,
+  scan_blocks: bool,
+  attention_impl: str,
+) -> Denoiser:
+  """The same with its parameters, and the folder's adapters if it has any."""
+  params = {"prefix": build.load_transformer(folder, dtype=dtype).params}
+  adapters = None
+  if folder_lib.has(folder, "lora"):
+    path, entry = folder_lib.find(folder, "lora")
+    adapters = build.config_from_dict(entry["config"])
+    params["prefix"] = _overlay(params["prefix"], folder_lib.load_params(path))
+  if depth < full.num_layers:
+    params["prefix"], params["tail"] = mmdit.split_params(params["prefix"], full, depth)
+  made = _abstract_generator(
+    full,
+    depth,
+    sharing,
+    adapters,
+    dtype=dtype,
+    scan_blocks=scan_blocks,
+    attention_impl=attention_impl,
+  )
+  for part, like in made.params.items():
     if not scan_blocks:
       params[part] = mmdit.unstack_params(params[part])
     params[part] = build.fit(params[part], like, name=f"{folder}: {part}")
-  return Denoiser(
-    full, params, graphdefs["prefix"], prefix_config, graphdefs.get("tail"), {}
+  return dataclasses.replace(made, params=params)
+
+
+def _abstract_reward(
+  config: reward.RewardConfig, *, dtype: Any, scan_blocks: bool, attention_impl: str
+) -> tuple[nnx.GraphDef, dict]:
+  """The static part of a whole reward model, and its abstract parameters."""
+  return weights.abstract(
+    lambda: build.make_reward(
+      config,
+      dtype=dtype,
+      param_dtype=dtype,
+      scan_blocks=scan_blocks,
+      attention_impl=attention_impl,
+    )
   )
+
+
+def _sharing(config: reward.RewardConfig) -> str:
+  """What a reward on the generator's weights shares, see RewardPart."""
+  return "prefix" if config.lora is None else "weights"
+
+
+def _embedded(name: str, own: Mapping) -> str:
+  """Which embedding a reward on the generator's weights reads, given its own leaves."""
+  adapts = not {"context_embed", "text_embed"}.isdisjoint(own.get("backbone", {}))
+  return name if adapts else GENERATOR
 
 
 def _load_sharing(
@@ -326,14 +428,8 @@ def _load_sharing(
   """What a reward adds to the generator's parameters, and its static part."""
   path, entry = folder_lib.find(folder, "reward")
   config = build.config_from_dict(entry["config"])
-  graphdef, like = weights.abstract(
-    lambda: build.make_reward(
-      config,
-      dtype=dtype,
-      param_dtype=dtype,
-      scan_blocks=scan_blocks,
-      attention_impl=attention_impl,
-    )
+  graphdef, like = _abstract_reward(
+    config, dtype=dtype, scan_blocks=scan_blocks, attention_impl=attention_impl
   )
   own = folder_lib.load_params(path)
   if "backbone" in own and not scan_blocks:
@@ -344,15 +440,12 @@ def _load_sharing(
   own = weights.unflatten(
     {p: leaf for p, leaf in weights.flatten(whole).items() if p in paths}
   )
-  adapts_embedding = not {"context_embed", "text_embed"}.isdisjoint(
-    own.get("backbone", {})
-  )
   part = RewardPart(
     config=config,
     scoring=build.config_from_dict(entry["scoring"]),
     graphdef=graphdef,
-    sharing="prefix" if config.lora is None else "weights",
-    embedded=name if adapts_embedding else GENERATOR,
+    sharing=_sharing(config),
+    embedded=_embedded(name, own),
   )
   return own, part
 

@@ -434,7 +434,9 @@ def choose(
     scaled = 0.0 if options.select == "random" else merit / options.temperature
     merit = scaled + jax.vmap(gumbel)(keys)
   merit = jnp.where(finite, merit, -jnp.inf)
-  return jax.lax.top_k(merit, options.beam)[1].astype(jnp.int32)
+  # Not top_k: XLA gathers the scores of all devices for it.
+  order = jnp.argsort(merit, axis=1, descending=True)
+  return order[:, : options.beam].astype(jnp.int32)
 
 
 def score_candidates(

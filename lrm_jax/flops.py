@@ -106,6 +106,11 @@ def attention(config: Any, n: int, l: int) -> int:  # noqa: E741
   return config.num_layers * 4 * (n + l) ** 2 * d + dual * 4 * n * n * d
 
 
+# Passes over attention per training step, in units of its forward: itself and, in flash
+# kernels, two and a half times that backward; with full rematerialisation once more.
+ATTENTION_PASSES = {"none": 3.5, "attention": 3.5, "full": 4.5}
+
+
 def reward_training(
   config: Any,
   height: int,

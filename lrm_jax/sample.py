@@ -348,16 +348,22 @@ def guide(velocity_fn: VelocityFn, guidance_scale: float | jax.Array) -> Velocit
 
 
 def twice(cond: Any, uncond: Any) -> Any:
-  """Two pytrees with leading axis b as one with 2b: the conditional half first."""
-  return jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, uncond)
+  """Two pytrees with leading axis b as one with 2b: each row beside its own.
+
+  Interleaved, because one behind the other would move a batch that is split over
+  devices: row 0's unconditional twin would land on another one.
+  """
+  interleave = lambda c, u: jnp.stack([c, u], 1).reshape(-1, *c.shape[1:])  # noqa: E731
+  return jax.tree.map(interleave, cond, uncond)
 
 
 def combine(v: jax.Array, guidance_scale: float | jax.Array) -> jax.Array:
-  """`v_uncond + scale (v_cond - v_uncond)`, from (2b ...) to (b ...), in float32.
+  """`v_uncond + scale (v_cond - v_uncond)`, of `twice`'s rows: float32 (b ...).
 
   Ho and Salimans 2022, eq. 6, in the convention where a scale of 1 is no guidance.
   """
-  v_cond, v_uncond = jnp.split(v.astype(jnp.float32), 2)
+  pairs = v.astype(jnp.float32).reshape(-1, 2, *v.shape[1:])
+  v_cond, v_uncond = pairs[:, 0], pairs[:, 1]
   return v_uncond + guidance_scale * (v_cond - v_uncond)
 
 

@@ -1,10 +1,11 @@
-"""Tiny reward training runs: their data, their configs, and their processes."""
+"""Tiny training runs: their data, their configs, and their processes."""
 
 from collections.abc import Mapping, Sequence
 import importlib
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -123,25 +124,28 @@ def tiny(
 def start(
   config: ConfigDict,
   *flags: str,
+  script: str = "reward",
   devices: int = 1,
   name: str = "config",
   wrapper: Sequence[str] = (),
   env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen:
-  """`python train/reward.py` on a config; output in `<workdir>.<name>.log`.
+  """`python train/SCRIPT.py` on a config; output in `<workdir>.<name>.log`.
 
   `wrapper` is put in front of the command, `env` is added to the environment.
   """
   workdir = pathlib.Path(config.workdir)
   file = workdir.with_name(f"{workdir.name}.{name}.py")
   file.write_text(
-    "import json\nfrom ml_collections import ConfigDict\n\n\ndef get_config():\n"
+    "import gc\nimport json\nfrom ml_collections import ConfigDict\n\n"
+    "gc.set_threshold(50_000, 10, 10)  # as tests/conftest.py\n\n\n"
+    "def get_config():\n"
     f"  return ConfigDict(json.loads({config.to_json()!r}))\n"
   )
   xla = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-  script = ROOT / "train" / "reward.py"
+  path = ROOT / "train" / f"{script}.py"
   environment = os.environ | {
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/data/no_torch")]),
     # Starting again is most of these tests' time, and compiling most of starting.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     # Threads of XLA on a CPU. Collectives between processes block theirs: with as few
@@ -151,7 +155,7 @@ def start(
   }
   with log_file(config, name).open("ab") as log:
     return subprocess.Popen(
-      [*wrapper, sys.executable, str(script), f"--config={file}", *flags],
+      [*wrapper, sys.executable, str(path), f"--config={file}", *flags],
       env=environment | dict(env or {}),
       stdout=log,
       stderr=subprocess.STDOUT,
@@ -180,11 +184,15 @@ def free_port() -> int:
 # --- what a run left ---------------------------------------------------------------
 
 
+# Metrics that depend on the clock.
+CLOCK = r"perf/|cost/seconds"
+
+
 def metrics(workdir) -> list[dict]:
   """The lines of metrics.jsonl without what depends on the clock."""
   lines = pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()
   return [
-    {k: v for k, v in json.loads(line).items() if not k.startswith("perf/")}
+    {k: v for k, v in json.loads(line).items() if not re.match(CLOCK, k)}
     for line in lines
   ]
 

@@ -142,6 +142,22 @@ def test_micro_batches_change_nothing(one):
     one.iterate("step", one.start(), jax.random.key(1), micro_batches=3)
 
 
+@pytest.mark.parametrize("name", ["step", "flow"])
+def test_rollouts_in_parts_change_nothing(one, name):
+  args = one.model.params, one.start().params, one.prompts, SCHEDULE, jax.random.key(1)
+
+  def collect(parts):
+    recipe = dataclasses.replace(RECIPES[name], rollout_parts=parts)
+    made = alignment.make_collect(one.policy, recipe, one.levels, LATENT)
+    return jax.jit(made)(*args)
+
+  with jax.set_mesh(one.mesh):
+    whole, parts = one.programs(name)[0](*args), collect(4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), whole, parts)
+    with pytest.raises(ValueError, match="samples do not make 3 equal parts"):
+      collect(3)
+
+
 def test_eight_devices_learn_what_one_does(one, folders):
   eight = Run(folders, 8)
   states, curves = [], []

@@ -167,13 +167,18 @@ def test_explore_at_full_size_keeps_the_proportions():
   assert full.rewards["drm"] == reward.RewardConfig.drm_2b()
   for case in explore_benchmark.CASES.values():
     ratio = explore_benchmark.relative_flops(full, case)
-    assert explore_benchmark.relative_flops(narrow, case) == pytest.approx(ratio, 0.03)
-  # Published (DRM, k = 6): 3.41 in time. The cheap mode's aim: 1.6.
+    # The cheap mode's window ends within a step: one of 5 is more than one of 50.
+    tolerance = 0.06 if case.mode == "cheap" else 0.03
+    assert explore_benchmark.relative_flops(narrow, case) == pytest.approx(
+      ratio, tolerance
+    )
+  # Published (DRM, k = 6): 3.41 in time. The cheap mode's limit: 1.6.
   of_name = {
     name: explore_benchmark.relative_flops(full, case)
     for name, case in explore_benchmark.CASES.items()
   }
-  assert 3.6 < of_name["drm-6"] < 3.8 and 1.4 < of_name["cheap-6"] <= 1.6
+  assert 3.6 < of_name["drm-6"] < 3.8
+  assert all(1.5 < of_name[f"cheap-{k}"] <= 1.6 for k in (4, 6))
 
 
 def test_products_of_prompts_inside_of_loops_are_found():

@@ -234,3 +234,40 @@ def test_save_grid(tmp_path, splits):
   pixels = splits.train.images[0]
   top_left = grid[:48:6, :48:6]
   np.testing.assert_allclose(top_left, (1 - pixels) / 2, atol=0.01)
+
+
+# --- pictures ----------------------------------------------------------------------
+
+
+def test_pixels_are_pictures_of_latents(splits):
+  latents = digits.to_latent(np.full((1, 8, 8), -1, np.float32), 4)
+  latents[0, 0, :4, 0] = (1, 2, 3, 99)  # channels are averaged, and cut at 1
+  latents[0, 1, 0] = 1
+  latents[0, 2, 0] = 0
+  pixels = digits.to_pixels(latents)
+  assert pixels.dtype == np.uint8 and pixels.shape == (1, 8, 8, 3)
+  assert np.all(pixels == pixels[..., :1])  # grey
+  grey = pixels[0, ..., 0]
+  # (1 - 3) / 4 = -0.5 is 191.25; then -0.25, 0, and 24, which is ink.
+  assert grey[0, :5].tolist() == [191, 159, 128, 0, 255]
+  assert grey[1, 0] == 0 and grey[2, 0] == 128 and grey[7, 7] == 255
+
+  images = splits.held_out.images
+  back = digits.from_pixels(digits.to_pixels(digits.to_latent(images, 4)))
+  assert back.dtype == np.float32
+  np.testing.assert_allclose(back, images, atol=1.001 / 255)
+
+
+def test_the_oracle_as_a_reward_on_pixels(splits):
+  images, labels = splits.held_out.images[:60], splits.held_out.labels[:60]
+  pixels = digits.to_pixels(digits.to_latent(images, 1))
+  asked = [digits.PROMPTS[digits.prompt_id(d, i % 4)] for i, d in enumerate(labels)]
+  right = digits.oracle_probability(pixels, asked)
+  others = [digits.PROMPTS[digits.prompt_id((d + 1) % 10, 0)] for d in labels]
+  wrong = digits.oracle_probability(pixels, others)
+  assert right.shape == (60,) and right.mean() > 0.8 and wrong.mean() < 0.1
+  oracle = digits._default_oracle()  # of split 0, which `splits` is
+  np.testing.assert_allclose(right, oracle.prob(images, labels), atol=0.02)
+  for prompt in ("", "a cat"):
+    with pytest.raises(ValueError, match="the oracle knows no digit of the prompts"):
+      digits.oracle_probability(pixels[:1], [prompt])

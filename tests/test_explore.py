@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lrm_jax import explore, flow, sample, sharding
+from lrm_jax import explore, flow, hlo, sample, sharding
 
 LATENT = (4, 4, 2)
 SIGMAS = flow.sampling_sigmas(5, 3.0)
@@ -326,6 +326,28 @@ def test_over_eight_devices_as_on_one():
   assert len(out.sharding.device_set) == 8
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(steps.chosen, want_steps.chosen)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("share", [False, True])
+def test_devices_that_hold_whole_samples_send_nothing(share, chunk):
+  """Guidance, candidates, their scores and choice stay where their sample is."""
+  networks = (shared if share else apart)(3.0)
+  options = explore.Explore(4, chunk=chunk)
+
+  def program(inputs, x, schedule, keys):
+    return explore.explore(
+      networks, (inputs, -inputs), inputs, x, schedule, options, keys=keys
+    )
+
+  mesh = sharding.make_mesh()
+  with jax.set_mesh(mesh):
+    split = sharding.batch_sharding(mesh)
+    keys, inputs = make_keys(8), make_inputs(8)
+    x = sample.initial_noise(keys, LATENT)
+    args = jax.device_put((inputs, x, keys), split)
+    compiled = jax.jit(program).lower(*args[:2], ALL, args[2]).compile()
+  assert hlo.parse(compiled.as_text()).collective_bytes == {}
 
 
 # --- a shared prefix ---------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import sys
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -207,3 +208,55 @@ def test_wandb_that_is_not_installed(tmp_path, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match="pip install wandb"):
     _quiet(tmp_path, wandb_project="rewards")
+
+
+def _late(folder, **more):
+  return run_log.LateLog(_quiet(folder), lambda: more, remedy="Lower the rate")
+
+
+def _metrics(loss=1.0, norm=1.0):
+  return {"train/loss": jnp.float32(loss), "train/grad_norm": jnp.float32(norm)}
+
+
+def test_a_late_log_writes_a_step_when_the_next_one_is_there(tmp_path):
+  log = _late(tmp_path, rate=3.0)
+  with log:
+    log.step(1, _metrics(2.0), now=True)
+    assert run_log.read_metrics(tmp_path) == []
+    log.step(2, _metrics(), now=False)
+    want = {"step": 1, "train/loss": 2.0, "train/grad_norm": 1.0, "rate": 3.0}
+    log._log._file.flush()
+    assert run_log.read_metrics(tmp_path) == [want]
+    log.step(3, {"eval/acc": 0.5}, now=True)
+    log.flush(write=False)
+    log.add({"eval/more": 0.25})
+  lines = run_log.read_metrics(tmp_path)
+  assert [line["step"] for line in lines] == [1, 3]
+  assert lines[1] == {"step": 3, "eval/acc": 0.5, "eval/more": 0.25, "rate": 3.0}
+
+
+@pytest.mark.parametrize("bad", [{"loss": np.nan}, {"norm": np.inf}])
+def test_a_late_log_names_the_step_of_a_nan_also_where_nothing_is_written(
+  tmp_path, bad
+):
+  with pytest.raises(FloatingPointError, match="at step 2: .*Lower the rate"):
+    with _late(tmp_path) as log:
+      log.step(1, _metrics(), now=True)
+      log.step(2, _metrics(**bad), now=False)
+      log.step(3, _metrics(), now=False)
+  assert [line["step"] for line in run_log.read_metrics(tmp_path)] == [1]
+
+
+def test_a_late_log_of_a_process_that_writes_nothing():
+  with pytest.raises(FloatingPointError, match="at step 1"):
+    with run_log.LateLog(None, dict, remedy="") as log:
+      log.step(1, _metrics(np.nan), now=True)
+
+
+def test_a_late_log_closes_its_log_after_an_error(tmp_path):
+  log = _late(tmp_path)
+  with pytest.raises(KeyError):
+    with log:
+      log.step(1, _metrics(), now=True)
+      raise KeyError
+  assert log._log._file.closed and run_log.read_metrics(tmp_path) == []

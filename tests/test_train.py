@@ -38,8 +38,13 @@ def two_sizes(tmp_path_factory):
   return runs.make_pairs(tmp_path_factory.mktemp("two_sizes"))
 
 
-def run_steps(config, num_steps: int, devices=ONE) -> tuple[list[float], object]:
+def run_steps(
+  config, num_steps: int, devices=ONE, before=None
+) -> tuple[list[float], object]:
+  """(losses, trainer) of so many steps; `before` sees the trainer before the first."""
   trainer = train_reward.setup(config, devices)
+  if before is not None:
+    before(trainer)
   source, _ = build.pair_sources(config.data)
   batches, _ = train_reward.training_batches(trainer, source)
   stream = loader.device_prefetch(batches, trainer.prepare, depth=1)
@@ -49,6 +54,11 @@ def run_steps(config, num_steps: int, devices=ONE) -> tuple[list[float], object]
       batch, _ = next(stream)
       losses.append(float(train_reward._train_step(trainer, batch)["train/loss"]))
   return losses, trainer
+
+
+def copies(leaves) -> dict[str, np.ndarray]:
+  """Not views, which would follow a buffer that a step writes over."""
+  return {path: np.array(leaf) for path, leaf in leaves.items()}
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +133,13 @@ def test_training_learns_and_leaves_the_frozen_part_alone(
   name, base, two_sizes, tmp_path
 ):
   config = tiny(name, base, two_sizes, tmp_path)
-  before = {k: np.asarray(v) for k, v in train_reward.setup(config, ONE).frozen.items()}
   config.train.learning_rate = 3e-3
-  losses, trainer = run_steps(config, 50)
+  before = {}
+  losses, trainer = run_steps(
+    config, 50, before=lambda t: before.update(copies(t.frozen))
+  )
   assert np.mean(losses[-8:]) < 0.75 * np.mean(losses[:8]), losses
+  assert before.keys() == trainer.frozen.keys()
   for path, leaf in trainer.frozen.items():
     np.testing.assert_array_equal(leaf, before[path])
   assert trainer.programs.train_step._cache_size() == 2  # one per size
@@ -157,9 +170,9 @@ def test_many_devices_give_the_losses_of_one(
 def test_ema_follows_at_its_decay(base, pair_folders, tmp_path):
   config = tiny("sd35m", base, pair_folders, tmp_path)
   config.train.ema_decay = 0.75
-  _, start = run_steps(config, 0)
-  first = {k: np.asarray(v) for k, v in start.state.params.items()}
-  _, after = run_steps(config, 1)
+  first = {}
+  _, after = run_steps(config, 1, before=lambda t: first.update(copies(t.state.params)))
+  assert first.keys() == after.state.ema.keys()
   for path, leaf in after.state.ema.items():
     expected = 0.75 * first[path] + 0.25 * np.asarray(after.state.params[path])
     np.testing.assert_allclose(leaf, expected, rtol=1e-6, atol=1e-7)

@@ -67,7 +67,7 @@ METHODS = (*alignment.METHODS, "refl")
 # Settings that may change between a run and its continuation.
 MAY_CHANGE = (
   r"workdir|wandb_project|mesh\..*|aot\..*|compare\..*|eval\.images|golden\..*|"
-  r"train\.(num_iterations|micro_batches|log_every|checkpoint_every|keep_.*)"
+  r"train\.(num_iterations|rollout_parts|micro_batches|log_every|checkpoint_every|keep_.*)"
 )
 TARGETS = {"joint_attention": lora.JOINT_ATTENTION, "all_attention": lora.ALL_ATTENTION}
 SHEET_ROWS, SHEET_COLUMNS = 10, 8
@@ -123,6 +123,7 @@ def make_recipe(config: ConfigDict) -> alignment.Recipe | None:
     finished=finished,
     guidance_scale=config.rollout.guidance_scale,
     sampler=config.rollout.sampler,
+    rollout_parts=config.train.rollout_parts,
     minibatches=config.train.minibatches,
     micro_batches=config.train.micro_batches,
     **dict(config.group),
@@ -227,15 +228,18 @@ def check_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
   for name in ("num_iterations", "prompts", "inner_epochs"):
     if train[name] < 1:
       raise ValueError(f"train.{name}={train[name]} must be 1 or more")
-  parts = devices * train.minibatches * train.micro_batches
-  if config.method == "refl" and (train.minibatches, train.micro_batches) != (1, 1):
-    raise ValueError("refl takes one step per iteration: minibatches, micro_batches 1")
-  if train.prompts * group % parts:
-    raise ValueError(
-      f"train.prompts={train.prompts} in groups of {group} must be a multiple of "
-      f"{parts}: {devices} devices, times {train.minibatches} minibatches, times "
-      f"{train.micro_batches} micro-batches"
-    )
+  parts = ("rollout_parts", "minibatches", "micro_batches")
+  if config.method == "refl" and any(train[name] != 1 for name in parts):
+    raise ValueError(f"refl takes one step per iteration: {', '.join(parts)} must be 1")
+  for kind, divisor in (
+    ("minibatches x micro-batches", train.minibatches * train.micro_batches),
+    ("rollout_parts", train.rollout_parts),
+  ):
+    if divisor < 1 or train.prompts * group % (devices * divisor):
+      raise ValueError(
+        f"train.prompts={train.prompts} in groups of {group} must be a multiple of "
+        f"{devices * divisor}: {devices} devices, times {divisor} {kind}"
+      )
   if config.method == "refl" and config.real.weight:
     size = config.real.batch_size
     if size < 1 or size % devices:
@@ -583,7 +587,7 @@ class RealData:
   def __init__(self, config: ConfigDict, latent: tuple[int, int, int], mesh: Any):
     data = config.real
     source = build.pair_sources(data)[0]
-    found = {tuple(shape) for shape in source.latent_shapes.values()}
+    found = {tuple(shape) for shape in source.latent_shapes}
     if found != {latent}:
       raise ValueError(
         f"real.train={data.train!r} has latents of {sorted(found)}, rollouts are "
@@ -890,7 +894,7 @@ def draw_progress(workdir: pathlib.Path, prompts: Sequence[str]) -> None:
 
   def curve(name):
     found = [(line["step"], line[name]) for line in lines if name in line]
-    return tuple(zip(*found, strict=True)) if found else None
+    return tuple(np.array(found).T) if found else None
 
   names = list(dict.fromkeys(name for line in lines for name in line))
   panels = {
@@ -1235,11 +1239,13 @@ def abstract_run(
 
 def aot_reports(
   config: ConfigDict, target: aot.Target, recipe: str
-) -> dict[str, aot.Report]:
-  """How each program of an iteration would fit a target (see lrm_jax.aot).
+) -> Iterator[tuple[str, aot.Report]]:
+  """How each program of an iteration would fit a target (see lrm_jax.aot), by name.
 
   With `aot.prompts_per_device` the prompts grow with the number of devices. FLOPs are
-  of one call: an iteration calls `update` for each minibatch and epoch.
+  of one call: an iteration calls `update` for each minibatch and epoch. What a program
+  does not read but a run keeps on the devices meanwhile (the optimizer's state, the
+  rewards' own weights) is left free: `held_bytes` of the settings.
   """
   config = config.copy_and_resolve_references()
   mesh = sharding.make_mesh(config.mesh.fsdp, target.devices, tensor=config.mesh.tensor)
@@ -1269,6 +1275,7 @@ def aot_reports(
     "method": config.method,
     "train.prompts": config.train.prompts,
     "group.group_size": programs.samples // config.train.prompts,
+    "train.rollout_parts": config.train.rollout_parts,
     "train.minibatches": config.train.minibatches,
     "train.micro_batches": config.train.micro_batches,
     "model.remat": config.model.remat,
@@ -1280,27 +1287,38 @@ def aot_reports(
     "rollout.num_steps": config.rollout.num_steps,
     "prompts.t5_length": config.prompts.t5_length,
   }
-  if "candidates" in config.group:
+  if config.method in ("step_grpo", "lpo"):
     settings["group.candidates"] = config.group.candidates
     settings["group.chunk"] = config.group.chunk
-  reports = {}
+  state, params = compiled["update"][1][:2]
+  learnt_from = () if programs.recipe is not None else config.rewards
+  idle = {
+    "collect": (state.opt_state, state.ema),
+    "update": [
+      own
+      for name, own in params["rewards"].items()
+      if name not in learnt_from or not config.rewards[name].weight
+    ],
+  }
   for name, (function, args) in compiled.items():
+    held = sharding.bytes_per_device(idle[name])
     passes = programs.passes[name] * programs.samples
     # Of three that a pass with gradients counts for, attention takes more.
     kernels = passes
     if name == "update":
       passes, kernels = passes / updates, passes / updates
       kernels *= flops.ATTENTION_PASSES[config.model.remat] / 3
-    reports[name] = aot.report(
+    report = aot.report(
       function,
       args,
       target,
       flops_per_step=float(passes * per_pass),
       kernel_flops=kernels * attention_per_pass if target.kind == "tpu" else 0.0,
-      settings=settings | {"program": name},
+      settings=settings | {"program": name, "held_bytes": held},
+      reserve=aot.RESERVE + held,
       advice=advise,
     )
-  return reports
+    yield name, report
 
 
 def advise(
@@ -1315,10 +1333,15 @@ def advise(
       f"train.micro_batches: {settings['train.micro_batches']} -> more (smaller "
       "micro-batches, same step)"
     )
-  elif settings.get("group.chunk", 1) != 1:
+  else:
     advice.append(
-      f"group.chunk: {settings['group.chunk']} -> 1 (candidates scored at a time)"
+      f"train.rollout_parts: {settings['train.rollout_parts']} -> more (one after "
+      "another, same samples)"
     )
+    if settings.get("group.chunk", 1) != 1:
+      advice.append(
+        f"group.chunk: {settings['group.chunk']} -> 1 (candidates scored at a time)"
+      )
   if settings["mesh.fsdp"] != -1:
     advice.append(
       f"mesh.fsdp: {settings['mesh.fsdp']} -> -1 with the sharding rule 'fsdp' (splits "
@@ -1339,13 +1362,14 @@ def main(argv: list[str]) -> None:
       file = config_flags.get_config_filename(values["config"])
       recipe = pathlib.Path(file).name.replace(".py", "")  # sd35m_flow_grpo:fast
       target = aot.target(values.aot, values.aot_target_config)
-      reports = aot_reports(values.config, target, recipe)
-      for name, report in reports.items():
-        print(f"{name}: {aot.format(report)}")
+      reports = []
+      for name, report in aot_reports(values.config, target, recipe):
+        print(f"{name}: {aot.format(report)}", flush=True)
+        reports.append(report)
       if values.aot_out is not None:
-        rows = [report.to_dict() for report in reports.values()]
+        rows = [report.to_dict() for report in reports]
         pathlib.Path(values.aot_out).write_text(json.dumps(rows, indent=2) + "\n")
-      raise SystemExit(0 if all(report.fits for report in reports.values()) else 4)
+      raise SystemExit(0 if all(report.fits for report in reports) else 4)
     processes.initialize(values.coordinator, values.num_processes, values.process_id)
     train(values.config)
   except (ValueError, OSError, FloatingPointError, aot.NotInstalledError) as e:

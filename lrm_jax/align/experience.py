@@ -28,7 +28,7 @@ class Experience:
   """T steps of b samples.
 
   Attributes:
-    at: (T,) the schedule's steps.
+    at: (T,) the schedule's steps, a sample.Schedule.
     x: (T b H W C) states.
     x_next: (T b k H W C) next states drawn from them.
     log_prob: (T b k) under the policy that drew them.
@@ -37,12 +37,13 @@ class Experience:
       nothing was scored.
   """
 
-  at: sample.Schedule
-  x: jax.Array
-  x_next: jax.Array
-  log_prob: jax.Array
-  chosen: jax.Array
-  scores: dict[str, jax.Array]
+  # Any, because the same tree holds shapes or shardings as well.
+  at: Any
+  x: Any
+  x_next: Any
+  log_prob: Any
+  chosen: Any
+  scores: dict[str, Any]
 
 
 def candidates(

@@ -21,6 +21,7 @@ The training step is compiled by the trainer (docs/aot.md); a table of its repor
   python benchmarks/aot.py --table a.json b.json
 
 (train/align.py writes a list of two, one for each of its programs; a table takes both.)
+With --scaling instead, how the same work per chip does on more and more chips.
 
 Exit code 3: the compiler for that device is not installed.
 """
@@ -190,6 +191,43 @@ def _report_table(
   return "\n".join(lines)
 
 
+def scaling_table(reports: Sequence[Mapping[str, Any]]) -> str:
+  """Weak scaling: reports of the same programs on more and more chips, as Markdown.
+
+  The last column is what would be kept of one chip's speed if the links were as fast as
+  their data sheet and nothing were hidden behind the compute: the compiler's estimate
+  over itself and the time that the bytes need to leave the chip.
+  """
+  lines = [
+    "| program | target | chips | memory, GiB | model TFLOP | leaves a chip, GB "
+    "| on the links at least, ms | estimate + kernels, s | kept, nothing hidden |",
+    "|" + "---|" * 9,
+  ]
+  order = lambda r: (_program(r), r["target"].split(":")[0], r["num_chips"])  # noqa: E731
+  for r in sorted(reports, key=order):
+    seconds = r["compiler_seconds"] + r["kernel_seconds"]
+    link = r["link_bound"]
+    cells = (
+      ", ".join(_program(r)),
+      r["target"],
+      str(r["num_chips"]),
+      f"{r['memory']['total'] / aot.GIB:.1f}",
+      f"{r['model_flops'] / 1e12:.1f}",
+      f"{r['program']['wire_bytes'] / 1e9:.2f}",
+      f"{1000 * link:.2f}",
+      f"{seconds:.3f}",
+      f"{seconds / (seconds + link):.1%}",
+    )
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def _program(report: Mapping[str, Any]) -> tuple[str, ...]:
+  """The recipe, and of alignment the program."""
+  settings = report["settings"]
+  return tuple(settings[k] for k in ("recipe", "program") if k in settings)
+
+
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,14 +242,19 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--out", help="also write the rows to this JSON file")
   parser.add_argument("--table", nargs="+", help="only print a table of these reports")
+  parser.add_argument("--scaling", nargs="+", help="the same as a weak scaling table")
   args = parser.parse_args(argv)
 
-  if args.table:
-    files = [json.loads(pathlib.Path(path).read_text()) for path in args.table]
+  if args.table or args.scaling:
+    files = args.table or args.scaling
+    files = [json.loads(pathlib.Path(path).read_text()) for path in files]
     steps = [found for found in files if not isinstance(found, list)]
     programs = [
       report for found in files if isinstance(found, list) for report in found
     ]
+    if args.scaling:
+      print(scaling_table([*steps, *programs]))
+      return 0
     if steps:
       print(training_table(steps))
     if programs:

@@ -162,6 +162,12 @@ def at_drift(curve: Curve, distance: float) -> dict[str, float] | None:
   return {name: float(np.interp(at, x, curve[name])) for name in names}
 
 
+def at_best(curve: Curve, merit: str) -> dict[str, float]:
+  """The MERITS and `passes` of the evaluation where one merit is highest."""
+  i = int(np.argmax(curve[merit]))
+  return {name: float(curve[name][i]) for name in (*MERITS, "passes")}
+
+
 def drifts(pairs: Sequence[tuple[Curve, Curve]], parts: Sequence[float]) -> list[float]:
   """Distances from real data that every run of the pairs passes through.
 
@@ -253,6 +259,13 @@ class Comparison:
       found.append({"frechet": distance, "runs": runs})
     return found
 
+  def best(self) -> dict[str, list[dict[str, float]]]:
+    """Each run at its highest oracle probability: what stopping there would keep."""
+    return {
+      name: [at_best(curve, "oracle") for curve in curves]
+      for name, curves in self.runs.items()
+    }
+
   def to_dict(self) -> dict[str, Any]:
     """Everything, for JSON."""
     return {
@@ -264,6 +277,7 @@ class Comparison:
       "equal_passes": self.equal("passes"),
       "equal_iterations": self.equal("iterations"),
       "equal_drift": self.equal_drift(),
+      "best_oracle": self.best(),
       "curves": {
         name: [
           {"seed": c.seed, **{n: np.asarray(y).tolist() for n, y in c.values.items()}}
@@ -359,6 +373,19 @@ def tables(comparison: Comparison, intro: str) -> str:
         )
   header = ["Frechet", "", "seeds", *(_TITLES[m] for m in rest), "evaluations"]
   parts.append("## At equal drift\n\n" + steering.markdown(header, lines))
+  lines = [
+    [
+      comparison.labels[name],
+      str(len(found)),
+      *cells(found, MERITS),
+      f"{np.mean([e['passes'] for e in found]):,.0f}",
+    ]
+    for name, found in comparison.best().items()
+  ]
+  parts.append(
+    "## Where the oracle liked it best\n\n"
+    + steering.markdown(["", "seeds", *titles, "evaluations"], lines)
+  )
   parts += [
     f"## Who reaches the final {_TITLES[merit]} of "
     f"{comparison.labels[comparison.slow]}\n\n" + _races(comparison, races)

@@ -246,6 +246,32 @@ def test_table_of_reports(target):
   assert cells[8] == "1.0"
 
 
+def test_scaling_table():
+  def report(chips, link, **settings):
+    return {
+      "target": f"v5p:{chips}",
+      "num_chips": chips,
+      "settings": {"recipe": "sd35m", **settings},
+      "memory": {"total": 3 * aot.GIB},
+      "model_flops": 5e12,
+      "program": {"wire_bytes": 2.5e9},
+      "link_bound": link,
+      "compiler_seconds": 0.2,
+      "kernel_seconds": 0.1,
+    }
+
+  reports = [report(64, 0.1), report(4, 0.0), report(4, 0.3, program="update")]
+  rows = benchmark.scaling_table(reports).splitlines()[2:]
+  cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+  assert [row[:3] for row in cells] == [
+    ["sd35m", "v5p:4", "4"],
+    ["sd35m", "v5p:64", "64"],
+    ["sd35m, update", "v5p:4", "4"],
+  ]
+  assert cells[1][3:] == ["3.0", "5.0", "2.50", "100.00", "0.300", "75.0%"]
+  assert [row[-1] for row in cells] == ["100.0%", "75.0%", "50.0%"]
+
+
 class Failing:
   """Stands in for a jitted function whose compiler runs out of memory."""
 

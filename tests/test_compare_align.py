@@ -168,6 +168,17 @@ def test_verdict_counts_seeds():
   )
 
 
+def test_where_the_oracle_liked_a_run_best():
+  """The evaluation that early stopping on the oracle would have kept."""
+  hacked = make_curve([0, 1, 2, 3], oracle=[0.5, 0.8, 0.7, 0.1])
+  found = alignment_report.at_best(hacked, "oracle")
+  assert found["oracle"] == 0.8 and found["reward"] == 1 and found["frechet"] == 2
+  assert found["passes"] == hacked["passes"][1]
+  comparison = make_comparison([hacked], [make_curve([0, 1, 2, 3])])
+  assert comparison.best()["fast"] == [found]
+  assert "| 0.800" in alignment_report.tables(comparison, "").split("liked it best")[1]
+
+
 def test_tables():
   comparison = make_comparison(
     [make_curve([0, 4, 8], passes=15, seed=s) for s in (0, 1)],

@@ -33,6 +33,7 @@ for the device of --aot is not installed.
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import multiprocessing
@@ -54,7 +55,17 @@ import jax.numpy as jnp
 import numpy as np
 import side_by_side
 
-from lrm_jax import aot, build, denoiser, explore, flops, flow, sample, weights
+from lrm_jax import (
+  aot,
+  build,
+  denoiser,
+  explore,
+  flops,
+  flow,
+  sample,
+  sharding,
+  weights,
+)
 from lrm_jax.models import (
   attention,
   conv_head,
@@ -217,6 +228,22 @@ def relative_flops(sizes: Sizes, case: Case) -> float:
     scoring = flops.reward(scorer, side, side, sizes.text_tokens) / one
     if case.scorer == "cheap":
       shared = flops.mmdit(scorer.backbone, n, sizes.text_tokens) / one
+  return _relative(sizes, case, scoring, shared)
+
+
+def relative_attention(sizes: Sizes, case: Case) -> float:
+  """The same of attention only, without that of a Q-Former head."""
+  config, scoring = sizes.generator, 0.0
+  n = flops.image_tokens(config, sizes.latent, sizes.latent)
+  one = flops.attention(config, n, sizes.text_tokens)
+  if case.scorer is not None:
+    backbone = sizes.rewards[case.scorer].backbone
+    scoring = flops.attention(backbone, n, sizes.text_tokens) / one
+  return _relative(sizes, case, scoring, scoring if case.scorer == "cheap" else 0.0)
+
+
+def _relative(sizes: Sizes, case: Case, scoring: float, shared: float) -> float:
+  """Of one scoring and of what it shares, in units of an unguided velocity."""
   passes = explore.evaluations(
     make_schedule(sizes, case),
     case.options,
@@ -1006,37 +1033,48 @@ def details(report: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def compile_for(target: aot.Target, sizes: Sizes, case: Case) -> dict[str, Any]:
-  """One full-size sampler on one chip: bytes and compile time."""
+  """One full-size sampler, `case.batch` images per chip: what each chip would need."""
   impl = attention.resolve("auto", build.dtype(sizes.dtype), target.kind)
   made = abstract_denoiser(sizes, case.scorer, impl)
-  mesh = jax.sharding.Mesh(target.devices, ("data",))
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  struct = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole)  # noqa: E731
+  mesh = sharding.make_mesh(1, target.devices)
+  whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  of_steps = sharding.batch_sharding(mesh, leading=1)  # (T b)
 
-  def arguments():
-    cond, uncond, keys = jax.eval_shape(lambda: make_inputs(sizes, case.batch, 0))
-    dtype = build.dtype(sizes.dtype)
-    cond, uncond = jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, dtype), (cond, uncond)
-    )
-    config, side = sizes.generator, sizes.latent
-    x = jax.ShapeDtypeStruct((case.batch, side, side, config.in_channels), jnp.float32)
-    guidance = jax.ShapeDtypeStruct((), jnp.float32)
-    return cond, uncond, x, make_schedule(sizes, case), keys, guidance
+  def placed(tree, place):
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    return jax.tree.map(lambda a: struct(a.shape, a.dtype), tree)
 
-  args = jax.tree.map(struct, (made.params, *arguments()))
-  config, n = sizes.generator, flops.image_tokens(sizes.generator, *[sizes.latent] * 2)
-  count = case.batch * 2 * sizes.steps * flops.mmdit(config, n, sizes.text_tokens)
+  images, config, side = case.batch * mesh.size, sizes.generator, sizes.latent
+  dtype = build.dtype(sizes.dtype)
+
+  cond, uncond, keys = jax.eval_shape(lambda: make_inputs(sizes, images, 0))
+  cond, uncond = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, dtype), (cond, uncond)
+  )
+  x = jax.ShapeDtypeStruct((images, side, side, config.in_channels), jnp.float32)
+  cond, uncond, x, keys = placed((cond, uncond, x, keys), split)
+  params, schedule, guidance = placed(
+    (made.params, make_schedule(sizes, case), np.float32(GUIDANCE)), whole
+  )
+  n = flops.image_tokens(config, side, side)
+  passes = images * 2 * sizes.steps
+  in_kernels = passes * flops.attention(config, n, sizes.text_tokens)
   report = aot.report(
-    jax.jit(make_program(made, case)),
-    args,
+    jax.jit(make_program(made, case), out_shardings=(split, of_steps)),
+    (params, cond, uncond, x, schedule, keys, guidance),
     target,
-    flops_per_step=count * relative_flops(sizes, case),
+    flops_per_step=passes
+    * flops.mmdit(config, n, sizes.text_tokens)
+    * relative_flops(sizes, case),
+    kernel_flops=in_kernels * relative_attention(sizes, case)
+    if target.kind == "tpu"
+    else 0.0,
   )
   memory, program = report.memory, report.program
   return {
     "case": case.name,
     "batch": case.batch,
+    "chips": report.num_chips,
     "blocks": "scanned" if sizes.scan else "unrolled",
     "teraflops": report.model_flops / 1e12,
     "argument_gib": memory.arguments / aot.GIB,
@@ -1044,11 +1082,15 @@ def compile_for(target: aot.Target, sizes: Sizes, case: Case) -> dict[str, Any]:
     "total_gib": memory.total / aot.GIB,
     "compiler_peak_gib": memory.compiler_peak and memory.compiler_peak / aot.GIB,
     "fits": report.fits,
+    "spare_gib": report.spare / aot.GIB,
+    "collective_bytes": program and sum(program.collective_bytes.values()),
     "attention_kernels": sum(
       calls
       for name, calls in (program.custom_calls if program else {}).items()
       if name.startswith(("__cudnn$fmha", "splash"))
     ),
+    "estimate_s": report.compiler_seconds,
+    "kernels_s": report.kernel_seconds,
     "at_least_s": report.lower_bound,
     "lower_s": report.lower_seconds,
     "compile_s": report.compile_seconds,
@@ -1058,17 +1100,21 @@ def compile_for(target: aot.Target, sizes: Sizes, case: Case) -> dict[str, Any]:
 def aot_table(rows: Sequence[Mapping[str, Any]]) -> str:
   """The rows as a Markdown table."""
   lines = [
-    "| case | batch | blocks | TFLOP | at least, s | arguments, GiB | temporaries, GiB "
-    "| total, GiB | compiler's peak, GiB | lowering, s | compiling, s |",
-    "|" + "---|" * 11,
+    "| case | chips | batch per chip | blocks | TFLOP | at least, s | arguments, GiB "
+    "| temporaries, GiB | total, GiB | spare, GiB | collectives, bytes "
+    "| estimate + kernels, s | compiling, s |",
+    "|" + "---|" * 13,
   ]
   for r in rows:
-    peak = r["compiler_peak_gib"]
+    sent = "-" if r["collective_bytes"] is None else f"{r['collective_bytes']:,}"
+    estimate = "-"
+    if r["estimate_s"] is not None:
+      estimate = f"{r['estimate_s']:.2f} + {r['kernels_s']:.2f}"
     lines.append(
-      f"| {r['case']} | {r['batch']} | {r['blocks']} | {r['teraflops']:.0f} "
-      f"| {r['at_least_s']:.2f} | {r['argument_gib']:.2f} | {r['temporary_gib']:.2f} "
-      f"| {r['total_gib']:.2f} | {'-' if peak is None else f'{peak:.2f}'} "
-      f"| {r['lower_s']:.0f} | {r['compile_s']:.0f} |"
+      f"| {r['case']} | {r['chips']} | {r['batch']} | {r['blocks']} "
+      f"| {r['teraflops']:.0f} | {r['at_least_s']:.2f} | {r['argument_gib']:.2f} "
+      f"| {r['temporary_gib']:.2f} | {r['total_gib']:.2f} | {r['spare_gib']:+.1f} "
+      f"| {sent} | {estimate} | {r['compile_s']:.0f} |"
     )
   return "\n".join(lines)
 
@@ -1147,7 +1193,6 @@ def main(argv: list[str] | None = None) -> int:
     except (aot.NotInstalledError, aot.TargetError) as e:
       print(f"explore: {e}", file=sys.stderr)
       return NOT_INSTALLED if isinstance(e, aot.NotInstalledError) else 2
-    target = dataclasses.replace(target, devices=target.devices[:1])
     rows = []
     for case in cases:
       rows.append(compile_for(target, sizes, case))

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 import pytest
 
 from benchmarks import aot as benchmark
-from lrm_jax import aot
+from benchmarks import explore as explore_benchmark
+from lrm_jax import aot, flops
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GIB = aot.GIB
@@ -272,6 +273,24 @@ def test_scaling_table():
   assert [row[-1] for row in cells] == ["100.0%", "75.0%", "50.0%"]
 
 
+@pytest.mark.parametrize("name", ["plain", "drm-4", "cheap-4"])
+def test_explore_and_select_on_many_chips_sends_nothing(target, name):
+  sizes = explore_benchmark.Sizes(
+    heads=1, head_dim=16, latent=4, text_tokens=3, steps=2
+  )
+  case = dataclasses.replace(explore_benchmark.CASES[name], batch=2)
+  row = explore_benchmark.compile_for(
+    dataclasses.replace(target, kind="cpu"), sizes, case
+  )
+  assert row["chips"] == 8 and row["collective_bytes"] == 0
+  config = sizes.generator
+  one = flops.mmdit(config, flops.image_tokens(config, 4, 4), 3)
+  ratio = explore_benchmark.relative_flops(sizes, case)
+  assert row["teraflops"] == pytest.approx(2 * 2 * 2 * one * ratio / 1e12)
+  head, _, line = explore_benchmark.aot_table([row]).splitlines()
+  assert head.count("|") == line.count("|")
+
+
 class Failing:
   """Stands in for a jitted function whose compiler runs out of memory."""
 
@@ -310,7 +329,7 @@ def test_other_failures_stay_errors(target):
 SCRIPT = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from lrm_jax import aot
+from lrm_jax import aot, flops
 from lrm_jax.models import attention
 
 target = aot.target("v5e:2x2")

@@ -7,13 +7,13 @@
 Bradley-Terry loss; a pair shares the noise level and draws independent noise.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
   c = ConfigDict()
   c.seed = 42
-  c.wandb_project = None  # a name; needs pip install wandb
+  c.wandb_project = config_dict.placeholder(str)  # a name; needs pip install wandb
   c.workdir = "runs/drm_sd35m"
 
   c.data = ConfigDict()
@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
   c.train.weight_decay = 1e-4
   c.train.clip_norm = 1.0
   c.train.accumulate = 1  # micro-batches per step
-  c.train.ema_decay = None
+  c.train.ema_decay = config_dict.placeholder(float)
   c.train.log_every = 10  # steps
   c.train.checkpoint_every = 1000  # steps
   c.train.keep_checkpoints = 3  # the newest
@@ -100,7 +100,8 @@ def get_config() -> ConfigDict:
   c.sharding = ((".*", "fsdp"),)
 
   c.aot = ConfigDict()  # what --aot compiles for
-  c.aot.pairs_per_device = None  # train.batch_size on all of them
+  # None: train.batch_size on all of them.
+  c.aot.pairs_per_device = config_dict.placeholder(int)
   c.aot.height = 512  # pixels
   c.aot.width = 512
   c.aot.text_tokens = 77 + c.data.t5_length

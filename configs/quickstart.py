@@ -14,7 +14,7 @@ What a reward buys when it steers the generator, and what that costs:
   python train/sample.py --config configs/quickstart.py
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config(init: str = "base") -> ConfigDict:
@@ -25,7 +25,7 @@ def get_config(init: str = "base") -> ConfigDict:
   """
   c = ConfigDict()
   c.seed = 0
-  c.wandb_project = None
+  c.wandb_project = config_dict.placeholder(str)
   c.workdir = {
     "base": "runs/quickstart/reward",
     "random": "runs/quickstart/reward_random",
@@ -106,7 +106,7 @@ def get_config(init: str = "base") -> ConfigDict:
   c.train.weight_decay = 0.01
   c.train.clip_norm = 1.0
   c.train.accumulate = 1  # micro-batches per step
-  c.train.ema_decay = None
+  c.train.ema_decay = config_dict.placeholder(float)
   c.train.log_every = 10  # steps
   c.train.checkpoint_every = 100  # steps
   c.train.keep_checkpoints = 2  # the newest
@@ -123,7 +123,8 @@ def get_config(init: str = "base") -> ConfigDict:
   c.sharding = ((".*", "replicate"),)
 
   c.aot = ConfigDict()  # what --aot compiles for
-  c.aot.pairs_per_device = None  # train.batch_size on all of them
+  # None: train.batch_size on all of them.
+  c.aot.pairs_per_device = config_dict.placeholder(int)
   c.aot.height = 64  # pixels of an image whose latent is 8x8
   c.aot.width = 64
   c.aot.text_tokens = 6

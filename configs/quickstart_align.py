@@ -8,7 +8,7 @@ All of them, three seeds, compared at equal evaluations:
   python train/compare_align.py --config configs/quickstart_align.py
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config(method: str = "step_grpo") -> ConfigDict:
@@ -18,7 +18,7 @@ def get_config(method: str = "step_grpo") -> ConfigDict:
     )
   c = ConfigDict()
   c.seed = 0
-  c.wandb_project = None
+  c.wandb_project = config_dict.placeholder(str)
   c.workdir = f"runs/quickstart/align/{method}"
   c.method = method
 
@@ -47,7 +47,8 @@ def get_config(method: str = "step_grpo") -> ConfigDict:
   )
   c.golden = ConfigDict()
   c.golden.metric = "pixel/oracle"
-  c.golden.patience = None  # a whole curve is what the comparison is about
+  # A whole curve is what the comparison is about.
+  c.golden.patience = config_dict.placeholder(int)
   c.golden.min_delta = 0.0
 
   c.rollout = ConfigDict()
@@ -58,14 +59,14 @@ def get_config(method: str = "step_grpo") -> ConfigDict:
   c.rollout.sampler = "sde"
   c.rollout.noise_level = 0.7
   c.rollout.guidance_scale = 1.0  # none: leaves headroom
-  c.rollout.sde_window_size = None
-  c.rollout.sde_window_range = None
+  c.rollout.sde_window_size = config_dict.placeholder(int)
+  c.rollout.sde_window_range = config_dict.placeholder(tuple)
 
   c.group = ConfigDict()
   c.group.group_size = 8
   if method in ("step_grpo", "lpo"):
     c.group.candidates = 4
-    c.group.chunk = None
+    c.group.chunk = config_dict.placeholder(int)
 
   c.loss = ConfigDict()
   if method in ("step_grpo", "flow_grpo"):
@@ -96,7 +97,7 @@ def get_config(method: str = "step_grpo") -> ConfigDict:
   c.train.schedule = "constant"
   c.train.weight_decay = 0.0
   c.train.clip_norm = 1.0
-  c.train.ema_decay = None
+  c.train.ema_decay = config_dict.placeholder(float)
   c.train.log_every = 1  # iterations
   c.train.checkpoint_every = 20
   c.train.keep_checkpoints = 1

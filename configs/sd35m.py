@@ -9,7 +9,7 @@ First 12 blocks with LoRA r 64, Q-Former head, Thurstone loss, shared noise.
 Latents and prompt embeddings are computed beforehand: docs/data.md.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config(train: str = "lora") -> ConfigDict:
@@ -17,7 +17,7 @@ def get_config(train: str = "lora") -> ConfigDict:
     raise ValueError(f"configs/sd35m.py:{train}: use lora, full or full24")
   c = ConfigDict()
   c.seed = 42
-  c.wandb_project = None  # a name; needs pip install wandb
+  c.wandb_project = config_dict.placeholder(str)  # a name; needs pip install wandb
   c.workdir = "runs/sd35m"
 
   c.data = ConfigDict()
@@ -87,7 +87,8 @@ def get_config(train: str = "lora") -> ConfigDict:
   c.train.weight_decay = 0.01
   c.train.clip_norm = 1.0
   c.train.accumulate = 1  # micro-batches per step
-  c.train.ema_decay = None  # 0.995 in the paper's text; off in the released code
+  # 0.995 in the paper's text; off in the released code.
+  c.train.ema_decay = config_dict.placeholder(float)
   c.train.log_every = 10  # steps
   c.train.checkpoint_every = 1000  # steps
   c.train.keep_checkpoints = 3  # the newest

@@ -6,7 +6,7 @@ At every step the best and the worst of k = 4 candidates, where their scores dif
 more than a threshold that grows with the noise level.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from lrm_jax import align_recipe
 
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
   c.group = ConfigDict()
   c.group.group_size = 1
   c.group.candidates = 4  # k
-  c.group.chunk = None
+  c.group.chunk = config_dict.placeholder(int)
 
   c.loss = ConfigDict()
   c.loss.threshold = (0.35, 0.5)  # at sigma 0 and 1, of the softmax gap

@@ -14,7 +14,7 @@ def sd35_medium(method: str) -> ConfigDict:
   """
   c = ConfigDict()
   c.seed = 42
-  c.wandb_project = None  # a name; needs pip install wandb
+  c.wandb_project = config_dict.placeholder(str)  # a name; needs pip install wandb
   c.workdir = f"runs/sd35m_{method}"
   c.method = method  # step_grpo, flow_grpo, lpo or refl
 
@@ -43,10 +43,10 @@ def sd35_medium(method: str) -> ConfigDict:
 
   # Held out: never optimised, tells when the others are being exploited.
   c.golden = ConfigDict()
-  c.golden.metric = None  # "reward/NAME" or "pixel/NAME"; None watches the first reward
-  c.golden.patience = (
-    None  # evaluations without a rise after which to stop; None: never
-  )
+  # "reward/NAME" or "pixel/NAME"; None watches the first reward.
+  c.golden.metric = config_dict.placeholder(str)
+  # Evaluations without a rise after which to stop; None: never.
+  c.golden.patience = config_dict.placeholder(int)
   c.golden.min_delta = 0.0
 
   c.rollout = ConfigDict()
@@ -57,8 +57,10 @@ def sd35_medium(method: str) -> ConfigDict:
   c.rollout.sampler = "sde"  # or "cps"
   c.rollout.noise_level = 0.7
   c.rollout.guidance_scale = 4.5  # in training, too
-  c.rollout.sde_window_size = None  # steps, drawn from the range; None: all of it
-  c.rollout.sde_window_range = None  # (start, stop); None: all steps
+  # Steps, drawn from the range; None: all of it.
+  c.rollout.sde_window_size = config_dict.placeholder(int)
+  # (start, stop); None: all steps.
+  c.rollout.sde_window_range = config_dict.placeholder(tuple)
 
   c.train = ConfigDict()
   c.train.num_iterations = 2000

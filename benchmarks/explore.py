@@ -58,6 +58,7 @@ import side_by_side
 from lrm_jax import (
   aot,
   build,
+  compilation,
   denoiser,
   explore,
   flops,
@@ -396,18 +397,6 @@ def prompt_products(jaxpr: Any, tokens: int, context_dim: int) -> tuple[int, int
   return counts[0], counts[1]
 
 
-class CompileCount:
-  """Counts compilations of this process from now on."""
-
-  def __init__(self):
-    self.count = 0
-    jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-  def _on_event(self, event: str, duration: float, **kw) -> None:
-    del duration, kw
-    self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
 class JaxSide:
   """Our programs, compiled and timed; lives in a process of its own."""
 
@@ -415,7 +404,7 @@ class JaxSide:
     # Calls of a group must not overlap on a CPU.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     self.sizes = sizes
-    self.compiles = CompileCount()
+    self.compiles = compilation.CompileCount()
     self.denoisers = denoisers_with(sizes, make_weights(sizes))
     self.programs: dict[Case, Any] = {}
     self.pieces: dict[tuple, Callable] = {}

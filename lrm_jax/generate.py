@@ -32,7 +32,7 @@ from PIL import Image, PngImagePlugin
 import tqdm
 
 import lrm_jax
-from lrm_jax import explore, pipeline, run_log, sample, scorer, sheets
+from lrm_jax import compilation, explore, pipeline, run_log, sample, scorer, sheets
 from lrm_jax.data import prompts as prompts_lib
 
 SHEET_COLUMNS, SHEET_LINES = 8, 24  # images side by side and one above the other
@@ -642,6 +642,7 @@ def make(
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 for input that cannot be used."""
   args = _parser().parse_args(argv)
+  compilation.use_cache()
   with warnings.catch_warnings():
     # Prompts that are cut: each of them, on one line.
     warnings.filterwarnings("always", category=UserWarning, module="lrm_jax")

@@ -85,7 +85,7 @@ def make_train_step(
     constrain: pins arrays whose first axis is the batch to their devices.
   """
 
-  def step(state, frozen, batch, key):
+  def train_step(state, frozen, batch, key):
     keys = jax.random.split(jax.random.fold_in(key, state.step), 3)
     b, *latent = batch["chosen"].shape
     sigma = sigma_fn(keys[0], b)
@@ -129,7 +129,7 @@ def make_train_step(
     state = train_state.apply_gradients(state, grads, tx, ema_decay=ema_decay)
     return state, metrics
 
-  return step
+  return train_step
 
 
 def make_eval_step(
@@ -143,7 +143,7 @@ def make_eval_step(
   in `sigmas`: not on the batch it is in, nor on the step.
   """
 
-  def step(params, frozen, batch, sigmas, key):
+  def eval_step(params, frozen, batch, sigmas, key):
     model = nnx.merge(graphdef, optim.join(params, frozen))
     b, *latent = batch["chosen"].shape
     cond = features.Cond(batch["context"], batch["pooled"])
@@ -167,4 +167,4 @@ def make_eval_step(
       **{name: batch[name] for name in ("preference", "kind", "weight")},
     }
 
-  return step
+  return eval_step

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lrm_jax import compilation
 from lrm_jax import scorer as scorer_lib
 from lrm_jax.data import images as images_lib
 
@@ -171,6 +172,7 @@ def run(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 for input that cannot be used."""
   args = _parser().parse_args(argv)
+  compilation.use_cache()
   try:
     print(run(args))
   except (ValueError, OSError) as e:

@@ -292,7 +292,6 @@ def tiny(root: pathlib.Path, method: str = "step_grpo"):
 
 
 def test_script(root, capsys, monkeypatch):
-  monkeypatch.setattr(compare_align, "use_cache", lambda folder: None)  # conftest's
   on_one_device = functools.partial(
     compare_align.align.train, devices=jax.devices()[:1]
   )

@@ -27,7 +27,7 @@ LEVELS: tuple[tuple[str, tuple[int, int]], ...] = (
   (
     r"lrm_jax\.(align\.\w+|data\.\w+|sample|explore|rewards|steering|weights|optim|train_state"
     r"|alignment_report"
-    r"|checkpoint|folder|text|run_log|plots|sheets|processes|aot|preference|evaluation)",
+    r"|checkpoint|compilation|folder|text|run_log|plots|sheets|processes|aot|preference|evaluation)",
     (2, 0),
   ),
   (r"lrm_jax\.build", (3, 0)),

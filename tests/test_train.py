@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lrm_jax import build, folder, optim, sharding, weights
+from lrm_jax import build, compilation, folder, optim, sharding, weights
 from lrm_jax.data import loader, parquet
 from lrm_jax.data import source as source_lib
 from tests import golden_models, helpers, runs
@@ -165,6 +165,30 @@ def test_many_devices_give_the_losses_of_one(
   moments = (adam.mu[name], adam.nu[name])
   for array in (leaf, *moments):
     assert array.addressable_shards[0].data.size * fsdp == array.size
+
+
+def test_every_bucket_is_compiled_once_and_before_the_first_step(
+  base, two_sizes, tmp_path, monkeypatch, capsys
+):
+  config = tiny("sd35m", base, two_sizes, tmp_path)
+  config.train.num_steps = 12
+  config.eval.every = 6
+  step, late = train_reward._train_step, compilation.CompileCount()
+  compiled_in_steps, shapes = [], set()
+
+  def counted(trainer, batch):
+    shapes.add(batch["chosen"].shape)
+    with compilation.CompileCount() as compiled:
+      metrics = step(trainer, batch)
+    compiled_in_steps.append(compiled.count)
+    return metrics
+
+  monkeypatch.setattr(train_reward, "_train_step", counted)
+  assert train_reward.train(config, ONE)
+  assert len(shapes) == 2 and compiled_in_steps == [0] * 12
+  assert late.programs["jit(train_step)"] == 2
+  assert late.programs["jit(eval_step)"] == 2
+  assert "compiled 2 of 2 buckets" in capsys.readouterr().out
 
 
 def test_ema_follows_at_its_decay(base, pair_folders, tmp_path):

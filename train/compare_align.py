@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 import numpy as np
 from PIL import Image
 
-from lrm_jax import alignment_report, checkpoint, plots, run_log, sheets
+from lrm_jax import alignment_report, checkpoint, compilation, plots, run_log, sheets
 from lrm_jax.data import digits, prompts
 
 import align  # isort: skip  (beside this file)
@@ -96,12 +96,6 @@ def finished(config: ConfigDict) -> bool:
   if last > total:
     raise ValueError(f"{workdir} has {last} iterations, not {total}: delete it")
   return last == total and (workdir / "lora").is_dir()
-
-
-def use_cache(folder: pathlib.Path) -> None:
-  """Programs are compiled once for all seeds, and for the next call of the script."""
-  jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def check_folders(config: ConfigDict) -> None:
@@ -259,7 +253,6 @@ def run(get_config: GetConfig, compare: ConfigDict) -> bool:
   todo = [c for c in todo if not finished(c)]
   for mine in configs.values():
     check_folders(mine[0])
-  use_cache(pathlib.Path(compare.workdir) / ".cache")
   for i, config in enumerate(todo, 1):
     print(
       f"{time.monotonic() - start:4.0f} s  run {i} of {len(todo)}: {config.workdir}",
@@ -288,6 +281,7 @@ def main(argv: list[str]) -> None:
         "compare.runs"
       )
     file = config_flags.get_config_filename(flag)
+    compilation.use_cache()  # once for all seeds
     run(runpy.run_path(file)["get_config"], flags.FLAGS.config.compare)
   except (ValueError, OSError, FloatingPointError) as e:
     raise SystemExit(f"error: {e}") from e

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 
 import lrm_jax
-from lrm_jax import benchmark_scores, build, evaluation, metrics, scorer
+from lrm_jax import benchmark_scores, build, compilation, evaluation, metrics, scorer
 from lrm_jax import folder as folder_lib
 from lrm_jax.data import benchmarks, prompt_cache, score_files
 from lrm_jax.models import qformer_head
@@ -370,6 +370,7 @@ def _versions() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = _parser().parse_args(argv)
+  compilation.use_cache()
   try:
     _check_numbers(args)
     how = evaluation.Analysis(

@@ -17,7 +17,17 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from lrm_jax import build, flow, optim, run_log, sample, sharding, train_state, weights
+from lrm_jax import (
+  build,
+  compilation,
+  flow,
+  optim,
+  run_log,
+  sample,
+  sharding,
+  train_state,
+  weights,
+)
 from lrm_jax import folder as folder_lib
 from lrm_jax.data import digit_pairs, digits
 from lrm_jax.models import features, mmdit
@@ -261,6 +271,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+  compilation.use_cache()
   try:
     train(_CONFIG.value)
   except (ValueError, OSError, FloatingPointError) as e:

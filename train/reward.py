@@ -25,6 +25,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from typing import Any
 
 from absl import app, flags, logging
@@ -39,6 +40,7 @@ from lrm_jax import (
   aot,
   build,
   checkpoint,
+  compilation,
   encoders,
   flops,
   optim,
@@ -529,7 +531,6 @@ def run(
   peak = flops.peak(jax.devices()[0].device_kind)
   speed = run_log.Throughput(None if peak is None else peak * jax.device_count())
   key_data = np.asarray(jax.random.key_data(trainer.key)).tolist()
-  seen_shapes: set[tuple[int, ...]] = set()
   rows: list[dict] = []
   log = _make_log(config, workdir, start, speed)
 
@@ -552,13 +553,11 @@ def run(
         if step > start + 1 and jax.process_count() == 1:
           save(step - 1, data_state)
         raise
+      if step == start + 1:
+        with speed.untimed():
+          warm_up(trainer, batch, source.latent_shapes)
       shape = batch["chosen"].shape
-      if shape in seen_shapes:
-        metrics = _train_step(trainer, batch)
-      else:
-        seen_shapes.add(shape)
-        with speed.untimed():  # compiles
-          metrics = _train_step(trainer, batch)
+      metrics = _train_step(trainer, batch)
       speed.add(2 * shape[0], 2 * shape[0] * _flops_per_image(trainer, shape))
       last = step == num_steps
       evaluated = step % config.eval.every == 0 or last
@@ -606,6 +605,36 @@ def training_batches(
     prefetch=data.prefetch,
   )
   return iter(dataset), plan
+
+
+def warm_up(
+  trainer: Trainer,
+  batch: Mapping[str, jax.Array],
+  latent_shapes: Sequence[tuple[int, int, int]],
+) -> None:
+  """Compiles the training step for every bucket, so that no later step stalls.
+
+  Args:
+    batch: one of the batches; the others differ in their latents' sides.
+    latent_shapes: of each bucket, (h, w, c).
+  """
+  shapes = list(dict.fromkeys(tuple(shape) for shape in latent_shapes))
+  for i, shape in enumerate(shapes, 1):
+    sides = {
+      name: jax.ShapeDtypeStruct((len(a), *shape), a.dtype, sharding=a.sharding)
+      for name in ("chosen", "rejected")
+      for a in [batch[name]]
+    }
+    begin = time.monotonic()
+    trainer.programs.train_step.lower(
+      trainer.state, trainer.frozen, {**batch, **sides}, trainer.key
+    ).compile()
+    if processes.is_main() and len(shapes) > 1:
+      print(
+        f"compiled {i} of {len(shapes)} buckets: latents {shape[0]}x{shape[1]}, "
+        f"{time.monotonic() - begin:.0f} s",
+        flush=True,
+      )
 
 
 def _train_step(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -766,6 +795,7 @@ def main(argv: list[str]) -> None:
           json.dumps(report.to_dict(), indent=2) + "\n"
         )
       raise SystemExit(0 if report.fits else 4)
+    compilation.use_cache()
     processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     train(_CONFIG.value)
   except (ValueError, OSError, FloatingPointError, aot.NotInstalledError) as e:

@@ -27,7 +27,16 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_flags
 import numpy as np
 
-from lrm_jax import denoiser, explore, flow, plots, run_log, sample, steering
+from lrm_jax import (
+  compilation,
+  denoiser,
+  explore,
+  flow,
+  plots,
+  run_log,
+  sample,
+  steering,
+)
 from lrm_jax import folder as folder_lib
 from lrm_jax.data import digits
 from lrm_jax.models import features
@@ -556,6 +565,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
   recipe = config_flags.get_config_filename(flags.FLAGS["config"])
+  compilation.use_cache()
   try:
     run(flags.FLAGS.config, recipe)
   except (ValueError, OSError, FloatingPointError) as e:

@@ -36,23 +36,21 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import pathlib
 import platform
-import resource
 import statistics
 import sys
 import tempfile
 import time
-import traceback
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.extend
 import jax.numpy as jnp
+import model_sizes
 import numpy as np
+import protocol
 import side_by_side
 
 from lrm_jax import (
@@ -67,15 +65,7 @@ from lrm_jax import (
   sharding,
   weights,
 )
-from lrm_jax.models import (
-  attention,
-  conv_head,
-  features,
-  lora,
-  mmdit,
-  qformer_head,
-  reward,
-)
+from lrm_jax.models import attention, features, mmdit
 
 PUBLISHED = 3.41  # DRM (arXiv 2605.25661): k = 6 to k = 1, all steps explore
 AGREE = 1e-3  # relative difference of float32 latents that counts as agreement
@@ -86,87 +76,7 @@ NOT_INSTALLED = 3
 
 # --- what is run -------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """Architectures, inputs, and how they are run.
-
-  Attributes:
-    layers, dual: blocks of the generator, and how many have dual attention.
-    dina_layers, taps: of the scorers on the generator's blocks.
-    drm_layers: of the scorer with its own.
-    latent: side of the latent.
-    steps: T.
-    scan: blocks under `lax.scan`, else unrolled.
-  """
-
-  layers: int = 24
-  dual: int = 13
-  dina_layers: int = 12
-  taps: tuple[int, ...] = (4, 8, 12)
-  drm_layers: int = 21
-  heads: int = 6
-  head_dim: int = 32
-  latent: int = 16
-  text_tokens: int = 64
-  steps: int = 5
-  dtype: str = "float32"
-  scan: bool = True
-
-  @classmethod
-  def full(cls) -> "Sizes":
-    """SD3.5-Medium, 512 px, the pipeline's 333 text tokens."""
-    return cls(
-      heads=24,
-      head_dim=64,
-      latent=64,
-      text_tokens=333,
-      steps=50,
-      dtype="bfloat16",
-      scan=False,
-    )
-
-  @property
-  def generator(self) -> mmdit.MMDiTConfig:
-    """All widths in the proportions of SD3.5-Medium, which is one of them."""
-    width = self.heads * self.head_dim
-    return dataclasses.replace(
-      mmdit.MMDiTConfig.sd35_medium(),
-      num_layers=self.layers,
-      num_heads=self.heads,
-      head_dim=self.head_dim,
-      dual_layers=tuple(range(self.dual)),
-      context_dim=8 * width // 3,
-      pooled_dim=4 * width // 3,
-      pos_embed_size=384 if self.latent > 32 else 32,
-    )
-
-  @property
-  def rewards(self) -> dict[str, reward.RewardConfig]:
-    full = self.generator
-    tapped = full.truncate(
-      self.dina_layers, has_output=False, image_taps=self.taps, text_taps=self.taps
-    )
-    head = qformer_head.QFormerHeadConfig(
-      token_dim=full.width,
-      width=full.width,
-      num_image_taps=len(self.taps),
-      num_text_taps=len(self.taps),
-    )
-    rank = max(1, full.width // 24)  # 64 at full width
-    groups = 32 if full.width >= 192 else 4
-    return {
-      "dina": reward.RewardConfig(
-        tapped, head, lora.LoRAConfig(rank=rank, alpha=2 * rank)
-      ),
-      "cheap": reward.RewardConfig(tapped, head),
-      "drm": reward.RewardConfig(
-        full.truncate(self.drm_layers, has_output=True),
-        conv_head.ConvHeadConfig(
-          base_channels=groups * max(1, full.width // 192), num_groups=groups
-        ),
-      ),
-    }
+Sizes = model_sizes.Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,29 +183,6 @@ def make_inputs(sizes: Sizes, batch: int, seed: int) -> tuple:
 # --- weights -----------------------------------------------------------------------
 
 
-def make_weights(sizes: Sizes) -> dict[str, dict]:
-  """Random parameters of the generator and of each reward, stacked, float32 numpy.
-
-  Of rewards on the generator's blocks: only what is their own.
-  """
-  _, like = weights.abstract(lambda: mmdit.MMDiT(sizes.generator, rngs=nnx.Rngs(0)))
-  made = {"generator": side_by_side.random_weights(like, seed=0)}
-  for seed, (name, config) in enumerate(sizes.rewards.items(), 1):
-    _, like = weights.abstract(lambda c=config: build.make_reward(c))
-    made[name] = side_by_side.random_weights(_own(like, name), seed=seed)
-  return made
-
-
-def _own(params: Mapping, name: str) -> dict:
-  """What a reward does not take from the generator."""
-  if name == "drm":
-    return dict(params)
-  flat = weights.flatten(params)
-  return weights.unflatten(
-    {p: a for p, a in flat.items() if p.startswith("head/") or "/lora_" in p}
-  )
-
-
 def abstract_denoiser(
   sizes: Sizes, scorer: str | None, attention_impl: str = "auto"
 ) -> denoiser.Denoiser:
@@ -317,7 +204,7 @@ def denoisers_with(
   """One for each scorer (and none), on the device; the generator's are the same arrays.
 
   Args:
-    ours: what `make_weights` returns.
+    ours: what `model_sizes.make_weights` returns.
   """
 
   def place(params, like):
@@ -405,9 +292,10 @@ class JaxSide:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     self.sizes = sizes
     self.compiles = compilation.CompileCount()
-    self.denoisers = denoisers_with(sizes, make_weights(sizes))
+    self.denoisers = denoisers_with(sizes, model_sizes.make_weights(sizes))
     self.programs: dict[Case, Any] = {}
     self.pieces: dict[tuple, Callable] = {}
+    self._product: protocol.Product | None = None
 
   def about(self) -> dict[str, Any]:
     return {
@@ -568,19 +456,12 @@ class JaxSide:
 
   def matmul(self) -> float:
     """Seconds of one product of fixed size, to see a device slow down."""
-    gpu = jax.default_backend() == "gpu"
-    size, dtype = (8192, jnp.bfloat16) if gpu else (1024, jnp.float32)
-    if not hasattr(self, "_matmul"):
-      a = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-      call = jax.jit(jnp.matmul)
-      self._matmul = lambda: call(a, a)
-      jax.block_until_ready(self._matmul())
-    start = time.perf_counter()
-    jax.block_until_ready([self._matmul() for _ in range(10)])
-    return (time.perf_counter() - start) / 10
+    if self._product is None:
+      self._product = protocol.Product()
+    return self._product()
 
   def peak_rss(self) -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return protocol.peak_rss()
 
 
 def _pieces(sizes: Sizes, case: Case) -> dict[tuple, float]:
@@ -620,7 +501,7 @@ class TorchSide:
     if self.device == "cpu":
       torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
 
-    ours, config = make_weights(sizes), sizes.generator
+    ours, config = model_sizes.make_weights(sizes), sizes.generator
     self.transformer = self._ready(
       side_by_side.torch_transformer(config, ours["generator"])
     )
@@ -753,65 +634,10 @@ class TorchSide:
     return x, torch.stack(picked, dim=1)
 
   def peak_rss(self) -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return protocol.peak_rss()
 
 
 # --- both in one run ---------------------------------------------------------------
-
-
-class Remote:
-  """An object in a process of its own; its methods are called from here.
-
-  Args:
-    platform: of jax in that process; None: jax's choice.
-  """
-
-  def __init__(self, make: Callable[..., Any], *args, platform: str | None = None):
-    context = multiprocessing.get_context("spawn")
-    self._pipe, theirs = context.Pipe()
-    process = context.Process(
-      target=_serve, args=(theirs, make, args, platform), daemon=True
-    )
-    process.start()
-    theirs.close()
-
-  def __getattr__(self, name: str) -> Callable[..., Any]:
-    def call(*args, **kw):
-      self._pipe.send((name, args, kw))
-      try:
-        error, value = self._pipe.recv()
-      except EOFError:
-        raise RuntimeError(f"a benchmark process died during {name!r}") from None
-      if error is not None:
-        raise RuntimeError(f"{name!r} failed in a benchmark process:\n{error}")
-      return value
-
-    return call
-
-
-def _serve(pipe, make, args, platform) -> None:
-  """A process' main loop: answers (error, value)."""
-  if platform is not None:
-    jax.config.update("jax_platforms", platform)
-  served = None
-  while True:
-    try:
-      name, args_, kw = pipe.recv()
-    except EOFError:
-      return
-    try:
-      served = make(*args) if served is None else served
-      pipe.send((None, getattr(served, name)(*args_, **kw)))
-    except Exception:
-      pipe.send((traceback.format_exc(), None))
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-  return {
-    "median": statistics.median(values),
-    "min": min(values),
-    "max": max(values),
-  }
 
 
 def agreement(ours: Mapping, theirs: Mapping) -> dict[str, Any]:
@@ -908,7 +734,7 @@ def _summarise(sizes, rows, seconds, theirs, rounds) -> None:
   """Medians, and ratios within each round."""
 
   def divided(a, b):
-    return spread([x / y for x, y in zip(a, b, strict=True)])
+    return protocol.spread([x / y for x, y in zip(a, b, strict=True)])
 
   for case, row in rows.items():
     plain = dataclasses.replace(PLAIN, batch=case.batch)
@@ -920,7 +746,7 @@ def _summarise(sizes, rows, seconds, theirs, rounds) -> None:
     mine = seconds["jax", case]
     row["jax"] = {
       "seconds": mine,
-      **spread(mine),
+      **protocol.spread(mine),
       "ideal_s": statistics.median(ideal),
       "to_ideal": divided(mine, ideal),
       "to_plain": divided(mine, seconds["jax", plain]),
@@ -932,7 +758,7 @@ def _summarise(sizes, rows, seconds, theirs, rounds) -> None:
       other = seconds[name, case]
       row[name] |= {
         "seconds": other,
-        **spread(other),
+        **protocol.spread(other),
         "to_plain": divided(other, seconds[name, plain]),
         "jax_to_it": divided(mine, other),
       }
@@ -1036,10 +862,12 @@ def compile_for(target: aot.Target, sizes: Sizes, case: Case) -> dict[str, Any]:
   images, config, side = case.batch * mesh.size, sizes.generator, sizes.latent
   dtype = build.dtype(sizes.dtype)
 
-  cond, uncond, keys = jax.eval_shape(lambda: make_inputs(sizes, images, 0))
+  # Of one image: these are made, and all of them together are too large for a host.
+  cond, uncond, keys = jax.eval_shape(lambda: make_inputs(sizes, 1, 0))
   cond, uncond = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, dtype), (cond, uncond)
+    lambda a: jax.ShapeDtypeStruct((images, *a.shape[1:]), dtype), (cond, uncond)
   )
+  keys = jax.ShapeDtypeStruct((images,), keys.dtype)
   x = jax.ShapeDtypeStruct((images, side, side, config.in_channels), jnp.float32)
   cond, uncond, x, keys = placed((cond, uncond, x, keys), split)
   params, schedule, guidance = placed(
@@ -1191,20 +1019,17 @@ def main(argv: list[str] | None = None) -> int:
     write(args.out, report)
     return 0
 
-  # Both frameworks share one GPU: jax must not take three quarters of it at once.
-  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-  convert = pathlib.Path(__file__).resolve().parent.parent / "convert"
-  sys.path.append(str(convert))  # for the processes that are started
+  protocol.prepare_processes()
   names = [f"torch-{how}" for how in args.torch]
   theirs = {  # whose jax only makes the weights
-    f"torch-{how}": Remote(TorchSide, sizes, how == "compile", platform="cpu")
+    f"torch-{how}": protocol.Remote(TorchSide, sizes, how == "compile", platform="cpu")
     for how in args.torch
   }
   start = time.perf_counter()
   measured = measure(
     sizes,
     cases,
-    Remote(JaxSide, sizes),
+    protocol.Remote(JaxSide, sizes),
     theirs,
     rounds=args.rounds,
     calls=args.calls,

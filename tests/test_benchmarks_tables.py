@@ -1,0 +1,153 @@
+"""Tables of benchmarks beside PyTorch: on tiny models both sides agree."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import model_sizes
+import precision
+import protocol
+import scoring
+import text_and_pixels
+import training
+
+TINY = model_sizes.Sizes(heads=1, head_dim=16, latent=4, text_tokens=3)
+
+
+def run(table: protocol.Table, cases, sizes=TINY):
+  """As the command, in this process; a round each."""
+  names = ["torch-eager"]
+  reports = []
+  report = protocol.measure(
+    cases,
+    table.ours(sizes),
+    {name: table.theirs(sizes, False) for name in names},
+    lambda case: table.count(sizes, case),
+    rounds=1,
+    calls=1,
+    done=lambda report: reports.append(len(report["rows"])),
+  )
+  assert reports == list(range(1, 1 + len(cases)))  # nothing is lost of a run cut short
+  assert not protocol.problems(report, names, "float32")
+  text = protocol.table(report, names)
+  assert text.count("\n") == 1 + len(cases) and " ms" not in text  # not of a CPU
+  json.dumps(report)
+  return report
+
+
+def test_scoring():
+  cases = [scoring.Case(name, TINY.latent, 2) for name in scoring.SCORERS]
+  report = run(scoring.TABLE, cases)
+  for row, case in zip(report["rows"], cases, strict=True):
+    assert row["teraflops"] == scoring.count(TINY, case) / 1e12 > 0
+    assert row["torch-eager"]["difference"]["output"] < 1e-4
+    side = row["jax"]
+    rate = row["teraflops"] / side["median"] / row["product"]["teraflops_per_s"]
+    assert side["of_product"] == pytest.approx(rate)
+
+
+def test_training():
+  report = run(training.TABLE, training.cases(TINY))
+  for row in report["rows"]:
+    assert set(row["torch-eager"]["difference"]) == {"loss", "grad_norm"}
+
+
+@pytest.mark.parametrize("table", [scoring.TABLE, training.TABLE])
+def test_full_size_has_more_cases_than_a_cpu_can_take(table):
+  full = table.cases(table.full)
+  assert len(full) > len(table.cases(table.narrow))
+  assert len({case.name for case in full}) == len(full)
+  assert all(table.count(table.full, case) > 1e12 for case in full)
+
+
+def test_sides_that_disagree_are_named():
+  one, other = np.ones(4), np.full(4, 1.1)
+  found = protocol.differences({"loss": one}, {"loss": other})
+  assert found["loss"] == pytest.approx(0.1 / 1.1)
+  report = {"rows": [{"case": "c", "torch-eager": {"difference": found}}]}
+  assert protocol.problems(report, ["torch-eager"], "float32") == [
+    "c: loss of torch-eager differs by 9.1e-02"
+  ]
+  assert not protocol.problems(report, ["torch-eager"], "bfloat16")
+  with pytest.raises(ValueError, match="torch's loss is not finite, or zero"):
+    protocol.differences({"loss": one}, {"loss": 0 * one})
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+  name: str = "fake"
+
+
+class Drifting:
+  """A GPU whose product takes 1 s, 1 s, then 2 s, ..."""
+
+  def __init__(self, products):
+    self.products, self.runs = list(products), 0
+
+  def product(self):
+    return self.products.pop(0), 8.0
+
+  def run(self, case, calls):
+    self.runs += 1
+    return 0.5
+
+
+def test_a_round_on_a_gpu_that_drifts_is_measured_again():
+  side = Drifting([1.0, 2.0, 1.0, 1.01])
+  product, found = protocol._round(Fake(), side, {"jax": side}, 1, "NVIDIA H200")
+  assert side.runs == 2 and found == {"jax": 0.5}
+  assert product["seconds"] == pytest.approx(1.005)
+  side = Drifting([1.0, 2.0, 1.0, 1.01])
+  product, _ = protocol._round(Fake(), side, {"jax": side}, 1, "cpu")
+  assert side.runs == 1 and product["drift"] == 2.0  # reported
+
+
+def test_text_and_pixels():
+  full, narrow = text_and_pixels.FULL, text_and_pixels.NARROW
+  smaller = dict(dim=32, mlp_dim=64, num_layers=2, num_heads=2)
+  tiny = dataclasses.replace(
+    narrow,
+    vae=dataclasses.replace(narrow.vae, block_out_channels=(8, 8), norm_num_groups=4),
+    **{
+      name: dataclasses.replace(getattr(narrow, name), **smaller)
+      for name in ("t5", "clip_l", "clip_g")
+    },
+    pixels=(16,),
+    lengths=(9,),
+    batches=(2,),
+  )
+  report = run(text_and_pixels.TABLE, text_and_pixels.cases(tiny), tiny)
+  assert len(report["rows"]) == 5
+  # FLOPs of SD3.5's own encoders, which nothing of this size is allocated for.
+  counted = {
+    case.name: text_and_pixels.count(full, case) for case in text_and_pixels.cases(full)
+  }
+  assert counted["decode-512-1"] == pytest.approx(2.515e12, rel=1e-3)
+  assert counted["t5-256-8"] == pytest.approx(8 * 2.397e12, rel=1e-3)
+  assert counted["clip_g-77-1"] == pytest.approx(97.9e9, rel=1e-3)
+
+
+def test_precision_of_known_errors():
+  exact = np.random.default_rng(0).standard_normal(400).astype(np.float32)
+  shifted = precision.compare(exact, exact + 0.5 * exact.std())
+  assert shifted["rms_error"] == pytest.approx(0.5, rel=1e-4)
+  assert shifted["rms_error_centred"] < 1e-5 and shifted["same_order"] == 1
+  backwards = precision.compare(exact, -exact)
+  assert backwards["same_order"] == 0 == backwards["same_order_of_nearest_tenth"]
+  ties = precision.compare(exact, 0 * exact)  # what is no longer told apart is lost
+  assert ties["same_order"] < 0.01
+
+
+def test_precision_command(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(model_sizes, "Sizes", lambda: TINY)
+  out = tmp_path / "rows.json"
+  argv = ["--random", "dina", "--samples", "20", "--batch", "16", "--out", str(out)]
+  assert precision.main(argv) == 0
+  rows = json.loads(out.read_text())["rows"]
+  assert [row["sigma"] for row in rows] == list(precision.SIGMAS)
+  assert all(0 < row["rms_error"] < 0.3 and row["n"] == 20 for row in rows)
+  assert "of 3 within 0.01 of the spread" in capsys.readouterr().out

@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-stamp
 SETUP_CONVERT := $(VENV)/.setup-convert-stamp
 
-.PHONY: setup setup-convert quickstart quickstart-align test test-torch lint clean
+.PHONY: setup setup-convert quickstart quickstart-align test test-torch lint \
+  benchmarks clean
 .DELETE_ON_ERROR:
 
 # The stamps are newer than pyproject.toml as long as it has not changed.
@@ -75,6 +76,16 @@ test-torch: setup-convert test
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Narrow models beside PyTorch on one CPU core, a quarter of an hour; the GPU's commands
+# are in benchmarks/README.md.
+TABLES := scoring training explore grpo text_and_pixels compile_time precision
+
+benchmarks: setup-convert
+	for table in $(TABLES); do \
+	  JAX_PLATFORMS=cpu taskset -c 0 $(BIN)/python benchmarks/$$table.py \
+	    --out benchmarks/results/$${table}_cpu.json || exit 1; \
+	done
 
 # Leaves runs/ (results) alone.
 clean:

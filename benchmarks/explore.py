@@ -605,12 +605,9 @@ class TorchSide:
         v_cond, v_uncond = v.chunk(2)
         v = v_uncond + GUIDANCE * (v_cond - v_uncond)
 
-        dt = sigma_next - sigma
-        below = sigma_next if sigma == 1 else sigma
-        s = float(steps.noise_level[i]) * (sigma / (1 - below)) ** 0.5
-        drift = s**2 / (2 * sigma)
-        mean = x * (1 + drift * dt) + v * (1 + drift * (1 - sigma)) * dt
-        std = s * (-dt) ** 0.5
+        mean, std, _ = side_by_side.sde_moments(
+          x, v, sigma, sigma_next, float(steps.noise_level[i])
+        )
 
         num = k if steps.explore[i] else 1
         candidates = mean[:, None] + std * draw(i, num, x.shape)

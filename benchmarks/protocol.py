@@ -243,7 +243,8 @@ class TorchSide:
 
   def tensor(self, a: np.ndarray, dtype: str | None = None) -> Any:
     """A numpy array on the device."""
-    made = self.torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
+    # A copy, because jax's arrays are read-only.
+    made = self.torch.from_numpy(np.array(a, order="C")).to(self.device)
     return made if dtype is None else made.to(getattr(self.torch, dtype))
 
   def about(self) -> dict[str, Any]:

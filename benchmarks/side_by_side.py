@@ -129,23 +129,37 @@ def torch_reward(config: reward.RewardConfig, params: Mapping) -> Any:
   model = torch_reference.DinaReward(transformer, release)
   fill_torch(model.reward_head, qformer_keys.dina(), head)
   if adapters is not None:
-    _fill_adapters(model.backbone, config, params["backbone"])
+    leaves = weights.flatten(params["backbone"]).items()
+    fill_adapters(
+      model.backbone,
+      lora_keys.peft(backbone, *lora_keys.peft_names(backbone, adapters)),
+      {p: a for p, a in leaves if "/lora_" in p},
+    )
   return model
 
 
-def _fill_adapters(model: Any, config: reward.RewardConfig, params: Mapping) -> None:
+def fill_adapters(model: Any, keymap: engine.Keymap, adapters: Mapping) -> None:
+  """Copies our adapters, path -> array, into a PEFT model."""
   import peft
   import torch
 
-  leaves = {p: a for p, a in weights.flatten(params).items() if "/lora_" in p}
-  keymap = lora_keys.peft(
-    config.backbone, *lora_keys.peft_names(config.backbone, config.lora)
-  )
   state = {
     key: torch.from_numpy(np.ascontiguousarray(a))
-    for key, a in engine.export(keymap, leaves)
+    for key, a in engine.export(keymap, adapters)
   }
   wanted = set(peft.get_peft_model_state_dict(model))
   if wanted != set(state):
     raise ValueError(f"adapters do not fit PEFT's: {sorted(wanted ^ set(state))}")
   peft.set_peft_model_state_dict(model, state)
+
+
+def sde_moments(
+  x: Any, v: Any, sigma: float, sigma_next: float, noise_level: float
+) -> tuple[Any, float, float]:
+  """Flow-GRPO's step in torch, float32: its mean, its deviation, and s, the KL's."""
+  dt = sigma_next - sigma
+  below = sigma_next if sigma == 1 else sigma
+  s = noise_level * (sigma / (1 - below)) ** 0.5
+  drift = s**2 / (2 * sigma)
+  mean = x * (1 + drift * dt) + v * (1 + drift * (1 - sigma)) * dt
+  return mean, s * (-dt) ** 0.5, s

@@ -37,15 +37,16 @@ SIGMA = (0.1, 0.9)  # of the pairs, evenly
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Attributes: kind, `lora` or `full`; pairs of a step; remat, of our side."""
+  """Attributes: kind, `lora` or `full`; pairs of a step; remat, scan: of our side."""
 
   kind: str
   pairs: int
   remat: str
+  scan: bool
 
   @property
   def name(self) -> str:
-    return f"{self.kind}-{self.pairs}-{self.remat}"
+    return f"{self.kind}-{self.pairs}-{self.remat}" + ("-scan" if self.scan else "")
 
   @property
   def shared_noise(self) -> bool:
@@ -55,9 +56,11 @@ class Case:
 def cases(sizes: model_sizes.Sizes) -> list[Case]:
   """16 pairs are DiNa-LRM's 32 images; a narrow model has fewer."""
   if sizes == model_sizes.Sizes.full():
-    some = (("lora", 16, "none"), ("lora", 16, "attention"), ("full", 16, "attention"))
-    return [Case(*case) for case in some]
-  return [Case("lora", 2, "none"), Case("full", 2, "none")]
+    some = [("none", False), ("attention", False), ("attention", True)]
+    lora = [Case("lora", 16, *how) for how in some]
+    return [*lora, Case("full", 16, "attention", False)]
+  scans = (True, False)
+  return [*(Case("lora", 2, "none", s) for s in scans), Case("full", 2, "none", True)]
 
 
 def config_of(sizes: model_sizes.Sizes, case: Case) -> reward.RewardConfig:
@@ -121,12 +124,12 @@ class Ours(protocol.JaxSide):
         dtype=dtype,
         # What is trained is float32.
         param_dtype=dtype if case.kind == "lora" else jnp.float32,
-        scan_blocks=sizes.scan,
+        scan_blocks=case.scan,
         remat=case.remat,
       )
     )
     params = scoring.random_reward(config)
-    if not sizes.scan:
+    if not case.scan:
       params["backbone"] = mmdit.unstack_params(params["backbone"])
     params = build.to_device(build.fit(params, like, name="random weights"))
     frozen = (("^backbone/(?!.*/lora_)", "freeze"), (".*", "train"))

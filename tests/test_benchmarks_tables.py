@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+import compile_time
+import grpo
 import model_sizes
 import precision
 import protocol
@@ -15,7 +17,18 @@ import scoring
 import text_and_pixels
 import training
 
-TINY = model_sizes.Sizes(heads=1, head_dim=16, latent=4, text_tokens=3)
+TINY = model_sizes.Sizes(
+  layers=4,
+  dual=2,
+  dina_layers=2,
+  taps=(1, 2),
+  drm_layers=3,
+  heads=1,
+  head_dim=16,
+  latent=4,
+  text_tokens=3,
+  steps=3,
+)
 
 
 def run(table: protocol.Table, cases, sizes=TINY):
@@ -51,12 +64,27 @@ def test_scoring():
 
 
 def test_training():
-  report = run(training.TABLE, training.cases(TINY))
+  cases = [
+    training.Case("lora", 2, "none", False),
+    training.Case("full", 2, "full", True),
+  ]
+  report = run(training.TABLE, cases)
   for row in report["rows"]:
     assert set(row["torch-eager"]["difference"]) == {"loss", "grad_norm"}
 
 
-@pytest.mark.parametrize("table", [scoring.TABLE, training.TABLE])
+def test_grpo():
+  """A plain loop in PyTorch finds the reward, divergence and gradient of ours."""
+  cases = [grpo.Case("step_grpo", 3, 2, 2), grpo.Case("flow_grpo", 1, 4, 2)]
+  report = run(grpo.TABLE, cases)
+  for row in report["rows"]:
+    assert set(row["torch-eager"]["difference"]) == {"reward", "grad_norm", "kl"}
+  # By hand: 3 guided steps, of which 2 are scored by 3 of 4 blocks (k = 3) and learnt
+  # from (backward, reference), 4 samples.
+  assert grpo.passes(TINY, cases[0]) == 4 * (2 * 3 + 2 * 3 * 3 / 4 + 2 * 2 * 4)
+
+
+@pytest.mark.parametrize("table", [scoring.TABLE, training.TABLE, grpo.TABLE])
 def test_full_size_has_more_cases_than_a_cpu_can_take(table):
   full = table.cases(table.full)
   assert len(full) > len(table.cases(table.narrow))
@@ -151,3 +179,22 @@ def test_precision_command(tmp_path, monkeypatch, capsys):
   assert [row["sigma"] for row in rows] == list(precision.SIGMAS)
   assert all(0 < row["rms_error"] < 0.3 and row["n"] == 20 for row in rows)
   assert "of 3 within 0.01 of the spread" in capsys.readouterr().out
+
+
+def test_compile_time(monkeypatch, tmp_path, capsys):
+  tiny = dataclasses.replace(scoring.TABLE, narrow=TINY)
+  monkeypatch.setattr(scoring, "TABLE", tiny)
+  found = compile_time.compile_once("scoring", full=False)
+  assert found["case"] == "scoring: dina-merged-32px-8" and found["compile_s"] > 0
+
+  seconds = iter([8.0, 2.0])
+
+  def in_a_process(name, full, cache):
+    return {**found, "compile_s": next(seconds)}
+
+  monkeypatch.setattr(compile_time, "in_a_process", in_a_process)
+  out = tmp_path / "rows.json"
+  assert compile_time.main(["--programs", "scoring", "--out", str(out)]) == 0
+  assert "| 0.25 | 8.0 | 2.0 |" in capsys.readouterr().out
+  (row,) = json.loads(out.read_text())["rows"]
+  assert row["cold"]["compile_s"] == 8 and row["warm"]["compile_s"] == 2

@@ -102,6 +102,16 @@ def test_default_on_a_cpu(dtype):
   np.testing.assert_allclose(out.astype(jnp.float32), plain(q, k, v), atol=tol)
 
 
+def test_the_choice_is_logged_once(caplog):
+  attention._log.cache_clear()
+  with caplog.at_level("INFO", logger="absl"):
+    for _ in range(3):
+      attention.resolve("auto", jnp.bfloat16, "tpu")
+  assert [r.message for r in caplog.records] == [
+    "attention: splash for bfloat16 on tpu"
+  ]
+
+
 @pytest.mark.parametrize(
   "platform, dtype, choice",
   [

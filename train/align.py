@@ -1027,7 +1027,8 @@ def run(
     f"{config.method}: {num_adapters:,} trained parameters; {programs.samples} samples "
     f"of {config.train.prompts} of {len(trainer.train_prompts)} prompts and "
     f"{programs.cost:,.0f} passes of the generator per iteration; "
-    f"{jax.device_count()} device(s) in {jax.process_count()} process(es)"
+    f"{jax.device_count()} device(s) in {jax.process_count()} process(es); attention: "
+    f"{attention.resolve(config.model.attention_impl, build.dtype(config.model.dtype))}"
   )
   watch = Stopwatch(seconds)
   prompt_log = PromptLog(workdir, start) if processes.is_main() else None

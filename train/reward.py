@@ -523,7 +523,7 @@ def run(
   say(
     f"reward model: {weights.count(programs.trained):,} trained and "
     f"{weights.count(programs.frozen):,} frozen parameters; {jax.device_count()} "
-    f"device(s) in {jax.process_count()} process(es)\n"
+    f"device(s) in {jax.process_count()} process(es); attention: {_kernel(config)}\n"
     f"data: {len(source):,} pairs in {len(source.latent_shapes)} bucket(s), "
     f"{num_steps:,} steps are {num_steps * plan.batch_size / len(source):.3g} epoch(s);"
     f" {len(held_out):,} held-out pairs"
@@ -635,6 +635,12 @@ def warm_up(
         f"{time.monotonic() - begin:.0f} s",
         flush=True,
       )
+
+
+def _kernel(config: ConfigDict) -> str:
+  """The attention kernel that `auto` stands for here."""
+  model = config.model
+  return attention.resolve(model.attention_impl, build.dtype(model.dtype))
 
 
 def _train_step(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -3,6 +3,9 @@
 Axes: b batch, n tokens, h heads, k head width.
 """
 
+import functools
+
+from absl import logging
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -58,9 +61,17 @@ def resolve(implementation: str, dtype, platform: str | None = None) -> str:
     )
   if implementation != "auto":
     return implementation
-  if dtype not in (jnp.bfloat16, jnp.float16):
-    return "xla"
-  return KERNELS.get(jax.default_backend() if platform is None else platform, "xla")
+  platform = jax.default_backend() if platform is None else platform
+  half = dtype in (jnp.bfloat16, jnp.float16)
+  chosen = KERNELS.get(platform, "xla") if half else "xla"
+  _log(chosen, jnp.dtype(dtype).name, platform)
+  return chosen
+
+
+@functools.cache
+def _log(chosen: str, dtype: str, platform: str) -> None:
+  """Once per choice, not once per layer."""
+  logging.info("attention: %s for %s on %s", chosen, dtype, platform)
 
 
 def attention(

@@ -79,7 +79,7 @@ lint: setup
 
 # Narrow models beside PyTorch on one CPU core, a quarter of an hour; the GPU's commands
 # are in benchmarks/README.md.
-TABLES := scoring training explore grpo text_and_pixels compile_time precision
+TABLES := scoring training explore grpo text_and_pixels compile_time
 
 benchmarks: setup-convert
 	for table in $(TABLES); do \

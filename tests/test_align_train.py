@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from lrm_jax import alignment, denoiser, run_log, scorer, weights
+from lrm_jax import alignment, compilation, denoiser, run_log, scorer, weights
 from lrm_jax import folder as folder_lib
 from tests import aligning, helpers, runs
 from tests.generating import Folders
@@ -270,6 +270,22 @@ def test_windows_of_flow_grpo_fast(make):
   schedule, trained = everything.draw(0, 1)
   np.testing.assert_array_equal(trained, [0, 1])  # not the last one
   assert np.all(schedule.noise_level == np.float32(0.7))
+
+
+@pytest.mark.parametrize("recipe", [("step_grpo",), ("flow_grpo", "fast")])
+def test_iterations_compile_nothing_after_the_first(make, recipe):
+  """Other prompts, noise and windows, and the policy that has moved."""
+  method, *kind = recipe
+  trainer = align.setup(make(method, "run", *kind), ONE)
+  with jax.set_mesh(trainer.programs.mesh):
+    align.iterate(trainer, 0)
+    with compilation.CompileCount() as compiled:
+      windows = set()
+      for i in range(1, 6):
+        windows.add(int(trainer.programs.steps.draw(i, trainer.config.seed)[1][0]))
+        align.iterate(trainer, i)
+    assert not compiled.programs
+  assert len(windows) == (2 if kind else 1)
 
 
 def test_eight_devices_follow_the_curve_of_one(make):

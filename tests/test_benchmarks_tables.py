@@ -198,3 +198,15 @@ def test_compile_time(monkeypatch, tmp_path, capsys):
   assert "| 0.25 | 8.0 | 2.0 |" in capsys.readouterr().out
   (row,) = json.loads(out.read_text())["rows"]
   assert row["cold"]["compile_s"] == 8 and row["warm"]["compile_s"] == 2
+
+
+def test_a_table_of_a_gpu_has_times_and_bytes():
+  side = {"median": 0.0025, "of_product": 0.5, "difference": {"output": 1e-3}}
+  spread = {"median": 0.5, "min": 0.4, "max": 0.6}
+  jax = side | {"peak_bytes_so_far": 1, "program_bytes": 2**30, "temporary_bytes": 0}
+  row = {"case": "a", "teraflops": 1.0, "jax": jax | {"compile_s": 1.0}}
+  row["torch-eager"] = side | {"peak_bytes": 3 * 2**30, "jax_to_it": spread}
+  head, _, line = protocol.table({"rows": [row]}, ["torch-eager"]).splitlines()
+  assert "jax, ms | torch-eager, ms | jax, program GiB | torch-eager, peak GiB" in head
+  assert "| 0.50 (0.40 to 0.60) |" in line and "| 2.50 | 2.50 | 1.00 | 3.00 |" in line
+  assert head.count("|") == line.count("|")

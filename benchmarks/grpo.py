@@ -12,7 +12,7 @@ the first iteration. FLOPs are `alignment.passes` of the generator.
   python benchmarks/grpo.py --full --rounds 2 --calls 1 --out grpo_gpu.json
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 import sys
@@ -351,9 +351,5 @@ TABLE = protocol.Table(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  return protocol.main(TABLE, argv)
-
-
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(protocol.main(TABLE))

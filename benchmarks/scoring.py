@@ -12,7 +12,7 @@ a GPU (protocol.py; `--cases` and `--torch` split it into shorter commands):
   python benchmarks/scoring.py --full --torch eager compile --out scoring_gpu.json
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import sys
 from typing import Any
@@ -137,9 +137,5 @@ TABLE = protocol.Table(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  return protocol.main(TABLE, argv)
-
-
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(protocol.main(TABLE))

@@ -10,7 +10,7 @@ random weights. FLOPs are what PyTorch's own counter finds on the meta device.
   python benchmarks/text_and_pixels.py --full --torch eager compile --out gpu.json
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 import sys
@@ -272,9 +272,5 @@ TABLE = protocol.Table(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  return protocol.main(TABLE, argv)
-
-
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(protocol.main(TABLE))

@@ -13,7 +13,7 @@ step's loss and gradient norm.
   python benchmarks/training.py --full --torch eager compile --out training_gpu.json
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 import sys
@@ -227,9 +227,5 @@ TABLE = protocol.Table(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  return protocol.main(TABLE, argv)
-
-
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(protocol.main(TABLE))

@@ -23,7 +23,7 @@ on a GPU (set JAX_COMPILATION_CACHE_DIR to compile once), and full-size programs
 compiled for a device that is not there:
 
   python benchmarks/explore.py --out benchmarks/results/explore_cpu.json
-  python benchmarks/explore.py --full --torch eager compile --rounds 3 --out gpu.json
+  python benchmarks/explore.py --full --torch eager blocks --rounds 3 --out gpu.json
   python benchmarks/explore.py --aot h200 --target-config h200.txtpb --out h200.json
 
 Exit code 1: the two disagree, or something compiled after the warm-up; 3: the compiler
@@ -32,9 +32,9 @@ for the device of --aot is not installed.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+import concurrent.futures
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -140,6 +140,14 @@ def relative_flops(sizes: Sizes, case: Case) -> float:
     if case.scorer == "cheap":
       shared = flops.mmdit(scorer.backbone, n, sizes.text_tokens) / one
   return _relative(sizes, case, scoring, shared)
+
+
+def teraflops(sizes: Sizes, case: Case) -> float:
+  """Of all samples of a case."""
+  config, side = sizes.generator, sizes.latent
+  n = flops.image_tokens(config, side, side)
+  plain = 2 * sizes.steps * flops.mmdit(config, n, sizes.text_tokens)
+  return case.batch * plain * relative_flops(sizes, case) / 1e12
 
 
 def relative_attention(sizes: Sizes, case: Case) -> float:
@@ -284,25 +292,15 @@ def prompt_products(jaxpr: Any, tokens: int, context_dim: int) -> tuple[int, int
   return counts[0], counts[1]
 
 
-class JaxSide:
+class JaxSide(protocol.JaxSide):
   """Our programs, compiled and timed; lives in a process of its own."""
 
   def __init__(self, sizes: Sizes):
-    # Calls of a group must not overlap on a CPU.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    self.sizes = sizes
+    super().__init__(sizes)
     self.compiles = compilation.CompileCount()
     self.denoisers = denoisers_with(sizes, model_sizes.make_weights(sizes))
     self.programs: dict[Case, Any] = {}
     self.pieces: dict[tuple, Callable] = {}
-    self._product: protocol.Product | None = None
-
-  def about(self) -> dict[str, Any]:
-    return {
-      "device": jax.devices()[0].device_kind,
-      "jax": jax.__version__,
-      "flax": importlib.metadata.version("flax"),
-    }
 
   def _arguments(self, case: Case, seed: int = 0, **schedule) -> tuple:
     cond, uncond, keys = make_inputs(self.sizes, case.batch, seed)
@@ -314,32 +312,39 @@ class JaxSide:
     guidance = np.float32(GUIDANCE + seed)
     return jax.device_put((cond, uncond, x, steps, keys, guidance))
 
-  def compile(self, case: Case) -> dict[str, Any]:
-    """Compile time, bytes, and where the prompts' products are."""
-    args = self._arguments(case)
-    made = self.denoisers[case.scorer]
-    program = jax.jit(make_program(made, case))
-    args = (made.params, *args)
-    start = time.perf_counter()
-    traced = program.trace(*args)
-    lowered = traced.lower()
-    middle = time.perf_counter()
-    compiled = lowered.compile()
-    end = time.perf_counter()
-    memory = aot.memory_of(compiled)
-    self.programs[case] = (program, args)
-    config = self.sizes.generator
-    outside, inside = prompt_products(
-      traced.jaxpr.jaxpr, self.sizes.text_tokens, config.context_dim
-    )
-    return {
-      "lower_s": middle - start,
-      "compile_s": end - middle,
-      "temporary_bytes": memory.temporaries,
-      "argument_bytes": memory.arguments,
-      "prompt_products_outside_loops": outside,
-      "prompt_products_in_loops": inside,
-    }
+  def compile_all(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Compile time, bytes, and where the prompts' products are; many at a time."""
+
+    def one(lowered):
+      start = time.perf_counter()
+      compiled = lowered.compile()
+      return compiled, time.perf_counter() - start
+
+    rows, jobs, config = [], [], self.sizes.generator
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+      for case in cases:
+        made = self.denoisers[case.scorer]
+        program = jax.jit(make_program(made, case))
+        args = (made.params, *self._arguments(case))
+        start = time.perf_counter()
+        traced = program.trace(*args)
+        lowered = traced.lower()
+        seconds = time.perf_counter() - start
+        outside, inside = prompt_products(
+          traced.jaxpr.jaxpr, self.sizes.text_tokens, config.context_dim
+        )
+        row = {"lower_s": seconds, "prompt_products_outside_loops": outside}
+        rows.append(row | {"prompt_products_in_loops": inside})
+        jobs.append((program, args, pool.submit(one, lowered)))
+    for row, case, (program, args, job) in zip(rows, cases, jobs, strict=True):
+      compiled, row["compile_s"] = job.result()
+      memory = aot.memory_of(compiled)
+      row |= {
+        "temporary_bytes": memory.temporaries,
+        "argument_bytes": memory.arguments,
+      }
+      self.programs[case] = program, args, compiled
+    return rows
 
   def first_run(self, case: Case) -> dict[str, Any]:
     """Result of the first call (which may compile), and the device's peak bytes."""
@@ -361,15 +366,9 @@ class JaxSide:
     steps = np.stack([np.asarray(draw(t)) for t in range(self.sizes.steps)])
     np.savez(path, x=np.asarray(x), steps=steps)
 
-  def run(self, case: Case) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    jax.block_until_ready(self._call(case))
-    return time.perf_counter() - start
-
   def _call(self, case: Case):
-    program, args = self.programs[case]
-    return program(*args)
+    _, args, compiled = self.programs[case]
+    return compiled(*args)
 
   def _peak(self) -> int | None:
     stats = jax.devices()[0].memory_stats()
@@ -393,9 +392,11 @@ class JaxSide:
           explore_window=(min(seed, steps - 1), steps),
         ),
       )
-      for case, (program, (params, *_)) in self.programs.items()
+      for case, (program, (params, *_), _) in self.programs.items()
       for seed in range(1, 1 + variants)
     ]
+    for program, args, _ in self.programs.values():
+      jax.block_until_ready(program(*args))  # the program has a cache of its own
     before = self.compiles.count
     for program, params, args in ready:
       jax.block_until_ready(program(params, *args))
@@ -454,15 +455,6 @@ class JaxSide:
     call = jax.jit(piece)
     return lambda: call(params, inputs, x, sigma, guidance, tokens)
 
-  def matmul(self) -> float:
-    """Seconds of one product of fixed size, to see a device slow down."""
-    if self._product is None:
-      self._product = protocol.Product()
-    return self._product()
-
-  def peak_rss(self) -> int:
-    return protocol.peak_rss()
-
 
 def _pieces(sizes: Sizes, case: Case) -> dict[tuple, float]:
   """The pieces that a case is made of, and how often they run."""
@@ -482,28 +474,15 @@ def _pieces(sizes: Sizes, case: Case) -> dict[tuple, float]:
 # --- PyTorch's side ----------------------------------------------------------------
 
 
-class TorchSide:
-  """A loop over diffusers' modules, as one would write it; in its own process.
+class TorchSide(protocol.TorchSide):
+  """A loop over diffusers' modules, as one would write it; in its own process."""
 
-  Args:
-    compiled: through torch.compile (static shapes), else eager.
-    threads: on a CPU; None: one per core that we may use.
-  """
-
-  def __init__(self, sizes: Sizes, compiled: bool, threads: int | None = None):
-    import torch
-
-    self.torch = torch
-    self.sizes = sizes
-    self.device = "cuda" if torch.cuda.is_available() else "cpu"
-    self.dtype = getattr(torch, sizes.dtype)
-    torch.set_float32_matmul_precision("high" if compiled else "highest")
-    if self.device == "cpu":
-      torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-
+  def __init__(self, sizes: Sizes, how: str):
+    super().__init__(sizes, how)
+    self.dtype = getattr(self.torch, sizes.dtype)
     ours, config = model_sizes.make_weights(sizes), sizes.generator
     self.transformer = self._ready(
-      side_by_side.torch_transformer(config, ours["generator"])
+      side_by_side.torch_transformer(config, ours["generator"], device=self.device)
     )
     self.scorers = {}
     for name, scorer in sizes.rewards.items():
@@ -512,20 +491,14 @@ class TorchSide:
         first = mmdit.truncate_params(ours["generator"], config, scorer.backbone)
         flat = {f"backbone/{p}": a for p, a in weights.flatten(first).items()}
         params = weights.unflatten({**flat, **weights.flatten(params)})
-      self.scorers[name] = self._ready(side_by_side.torch_reward(scorer, params))
-    if compiled:
-      fast = lambda module: torch.compile(module, dynamic=False)  # noqa: E731
-      self.transformer = fast(self.transformer)
-      self.scorers = {name: fast(model) for name, model in self.scorers.items()}
+      self.scorers[name] = self._ready(
+        side_by_side.torch_reward(scorer, params, self.device)
+      )
     self.inputs: dict[int, tuple] = {}
 
   def _ready(self, model):
-    return model.to(self.device, self.dtype).eval().requires_grad_(False)
-
-  def about(self) -> dict[str, Any]:
-    return {
-      name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")
-    }
+    model = model.to(self.device, self.dtype).eval().requires_grad_(False)
+    return self.fast(model)
 
   def first_run(self, case: Case, noise: str) -> dict[str, Any]:
     """Result with the given noise (and of compiling), and the device's peak bytes."""
@@ -553,8 +526,9 @@ class TorchSide:
       "seconds": seconds,
     }
 
-  def run(self, case: Case) -> float:
+  def run(self, case: Case, calls: int = 1) -> float:
     """Seconds of one call, which draws its own noise."""
+    del calls
     torch, side = self.torch, self.sizes.latent
     shape = (case.batch, self.sizes.generator.in_channels, side, side)
     x = torch.randn(shape, device=self.device)
@@ -568,10 +542,6 @@ class TorchSide:
     self._sample(case, x, draw)
     self._wait()
     return time.perf_counter() - start
-
-  def _wait(self) -> None:
-    if self.device == "cuda":
-      self.torch.cuda.synchronize()
 
   def _prompts(self, batch: int) -> tuple:
     """(context, pooled) of both halves, the conditional one first."""
@@ -630,9 +600,6 @@ class TorchSide:
         picked.append(best)
     return x, torch.stack(picked, dim=1)
 
-  def peak_rss(self) -> int:
-    return protocol.peak_rss()
-
 
 # --- both in one run ---------------------------------------------------------------
 
@@ -670,50 +637,65 @@ def measure(
 
   Returns: `rows`, one per case, and what concerns all.
   """
-  rows = {}
-  for case in cases:
-    rows[case] = {
-      "case": case.name,
-      "candidates": case.candidates,
-      "batch": case.batch,
-      "flops_to_plain": relative_flops(sizes, case),
-      "full_size_flops_to_plain": relative_flops(Sizes.full(), case),
-      **ours.compile(case),
-    }
-    progress(f"{case.name}, batch {case.batch}: compiled")
-
   most = max(case.candidates for case in cases)
   with tempfile.TemporaryDirectory() as folder:
     paths = {b: f"{folder}/{b}.npz" for b in {case.batch for case in cases}}
     for b, path in paths.items():
       ours.noise(b, most, path)
-    # A device's peak only ever rises: smallest first.
-    for case in sorted(cases, key=lambda c: rows[c]["temporary_bytes"]):
-      first, row = ours.first_run(case), rows[case]
-      row["peak_bytes"] = first["peak_bytes"]
-      row["peak_bytes_before"] = first["peak_bytes_before"]
-      for name, side in theirs.items():
-        other = side.first_run(case, paths[case.batch])
-        row[name] = {
-          "first_run_s": other["seconds"],
-          "peak_bytes": other["peak_bytes"],
-          **agreement(first, other),
-        }
-      progress(f"{case.name}, batch {case.batch}: compared")
+
+    def first_runs(side):
+      return [side.first_run(case, paths[case.batch]) for case in cases]
+
+    # torch.compile compiles in its first run.
+    calls_of = {name: lambda s=side: first_runs(s) for name, side in theirs.items()}
+    found = protocol.each(calls_of | {"jax": lambda: ours.compile_all(cases)})
+  compiled = found.pop("jax")
+  progress("compiled")
+  rows = {
+    case: {
+      "case": case.name,
+      "candidates": case.candidates,
+      "batch": case.batch,
+      "flops_to_plain": relative_flops(sizes, case),
+      "full_size_flops_to_plain": relative_flops(Sizes.full(), case),
+      **row,
+    }
+    for case, row in zip(cases, compiled, strict=True)
+  }
+  # A device's peak only ever rises: smallest first.
+  for case in sorted(cases, key=lambda c: rows[c]["temporary_bytes"]):
+    first, row = ours.first_run(case), rows[case]
+    row["peak_bytes"] = first["peak_bytes"]
+    row["peak_bytes_before"] = first["peak_bytes_before"]
+    for name, results in found.items():
+      other = results[cases.index(case)]
+      row[name] = {
+        "first_run_s": other["seconds"],
+        "peak_bytes": other["peak_bytes"],
+        **agreement(first, other),
+      }
   ours.prepare_pieces(cases)
-  ours.matmul()
+  ours.product()
+  progress("compared")
 
   seconds: dict[Any, list[float]] = {}
   matmuls = []
   for number in range(rounds):
-    matmuls.append(ours.matmul())
+    product, operations = ours.product()
+    matmuls.append(product)
     for case in cases:
       for piece, value in ours.piece_seconds(case, calls).items():
         seconds.setdefault((*piece, case), []).append(value)
       for name, side in (("jax", ours), *theirs.items()):
-        seconds.setdefault((name, case), []).append(side.run(case))
+        seconds.setdefault((name, case), []).append(side.run(case, 1))
     progress(f"round {number + 1} of {rounds}")
   _summarise(sizes, rows, seconds, theirs, rounds)
+  peak = operations / statistics.median(matmuls)
+  for case, row in rows.items():
+    row["teraflops"] = teraflops(sizes, case)
+    for name in ("jax", *theirs):
+      rate = 1e12 * row["teraflops"] / row[name]["median"]
+      row[name]["of_product"] = rate / peak
   recompiled = ours.changed()
   return {
     "rows": list(rows.values()),
@@ -784,6 +766,7 @@ def table(report: Mapping[str, Any], names: Sequence[str]) -> str:
   head = ["case", "batch", "FLOP ratio (full size)", "jax to k = 1", "ideal to k = 1"]
   head += ["jax to its ideal", *(f"{name} to k = 1" for name in names)]
   head += [f"jax to {name}" for name in names]
+  head += [f"{name}, of the product's rate" for name in ("jax", *names)]
   head += ["temporary, MiB", *(f"difference to {name}" for name in names)]
   lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
   ranged = lambda s: f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"  # noqa: E731
@@ -797,6 +780,7 @@ def table(report: Mapping[str, Any], names: Sequence[str]) -> str:
       ranged(row["jax"]["to_ideal"]),
       *(f"{row[name]['to_plain']['median']:.2f}" for name in names),
       *(ranged(row[name]["jax_to_it"]) for name in names),
+      *(f"{row[name]['of_product']:.0%}" for name in ("jax", *names)),
       f"{row['temporary_bytes'] / 2**20:.1f}",
       *(f"{row[name]['relative_error']:.1e}" for name in names),
     ]
@@ -957,9 +941,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Sizes, list[Case]
     choices=list(CASES),
     help=f"default: {' '.join(TIMED)}; with --aot {' '.join(COMPILED)}",
   )
-  parser.add_argument(
-    "--torch", nargs="*", choices=["eager", "compile"], default=["eager"]
-  )
+  parser.add_argument("--torch", nargs="*", choices=protocol.HOWS, default=["eager"])
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--calls", type=int, default=3, help="of each piece, per round")
   parser.add_argument("--aot", help="compile for h200, v5e:2x2, ...; nothing runs")
@@ -1019,7 +1001,7 @@ def main(argv: list[str] | None = None) -> int:
   protocol.prepare_processes()
   names = [f"torch-{how}" for how in args.torch]
   theirs = {  # whose jax only makes the weights
-    f"torch-{how}": protocol.Remote(TorchSide, sizes, how == "compile", platform="cpu")
+    f"torch-{how}": protocol.Remote(TorchSide, sizes, how, platform="cpu")
     for how in args.torch
   }
   start = time.perf_counter()

@@ -9,7 +9,7 @@ step by step. Compared are the mean reward, the KL divergence and the gradient n
 the first iteration. FLOPs are `alignment.passes` of the generator.
 
   python benchmarks/grpo.py --out benchmarks/results/grpo_cpu.json
-  python benchmarks/grpo.py --full --rounds 2 --calls 1 --out grpo_gpu.json
+  python benchmarks/grpo.py --full --torch eager blocks --rounds 2 --calls 1
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ class Case:
 
 def cases(sizes: model_sizes.Sizes) -> list[Case]:
   full = sizes == full_sizes()
-  group, prompts = (8, 2) if full else (4, 1)
+  group, prompts = (8, 1) if full else (4, 1)
   ks = (4, 6) if full else (4,)
   found = [Case("step_grpo", k, group, prompts) for k in ks]
   return [*found, Case("flow_grpo", 1, group, prompts)]
@@ -209,12 +209,11 @@ class Theirs(protocol.TorchSide):
     dtype = getattr(torch, sizes.dtype)
     ours, made = model_sizes.make_weights(sizes), make_policy(sizes)
     ready = lambda m: m.to(self.device, dtype).eval().requires_grad_(False)  # noqa: E731
-    scoring = self.fast(
-      ready(side_by_side.torch_reward(sizes.rewards[REWARD], ours[REWARD]))
-    )
-    transformer = ready(
-      side_by_side.torch_transformer(sizes.generator, ours["generator"])
-    )
+    make, on = side_by_side, self.device
+    scoring = make.torch_reward(sizes.rewards[REWARD], ours[REWARD], on)
+    scoring = self.fast(ready(scoring))
+    generator = ours["generator"]
+    transformer = ready(make.torch_transformer(sizes.generator, generator, device=on))
     names = lora_keys.peft_names(sizes.generator, made.config)
     model = peft.get_peft_model(
       transformer,
@@ -348,6 +347,7 @@ TABLE = protocol.Table(
   ours=Ours,
   theirs=Theirs,
   count=count,
+  together=False,
 )
 
 

@@ -2,10 +2,16 @@
 
 Each side lives in a process of its own and holds the same random weights. Before
 anything is timed both compute the same case and must agree (float32; in bfloat16 the
-difference is reported). Then they take turns, case by case and round by round, so that
-a machine that slows down slows both; a ratio is formed within a round. A matrix product
-of fixed size opens every round: it shows a drifting machine, and is the peak that
-rates are fractions of.
+difference is reported, and where a table knows the result in float32 our error may not
+exceed PyTorch's by half). Then they take turns, case by case and round by round, so
+that a machine that slows down slows both; a ratio is formed within a round. A matrix
+product of fixed size opens every round: it shows a drifting machine, and is the peak
+that rates are fractions of.
+
+PyTorch runs `eager`, through torch.compile as a whole (`compile`), or with every kind
+of transformer block compiled once (`blocks`, as diffusers' compile_repeated_blocks
+does): minutes less to compile. A side that fails a case, for instance out of memory, is
+reported with its error, and the others go on.
 
 A table is a module with cases, a JaxSide and a TorchSide:
 
@@ -20,9 +26,11 @@ A table is a module with cases, a JaxSide and a TorchSide:
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+import concurrent.futures
 import dataclasses
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -44,6 +52,10 @@ from lrm_jax import aot, flops
 AGREE = 1e-3  # relative difference of float32 outputs that counts as agreement
 DRIFT = 1.02  # of the product: more, and a round on a GPU is measured again
 ATTEMPTS = 3  # at a round that does not drift
+GROUP_SECONDS = 0.3  # that a group of calls takes on a GPU at least
+EXACT_ROWS = 8  # of a batch, computed in float32 as well
+WORSE = 1.5  # than PyTorch's may our error in bfloat16 be
+HOWS = ("eager", "compile", "blocks")
 
 
 # --- processes ---------------------------------------------------------------------
@@ -117,8 +129,8 @@ class Program:
   """What is timed on our side.
 
   Attributes:
-    function: jitted.
-    args: on the devices.
+    function: jitted, or compiled.
+    args: on the devices; of a second call of `make`, of the same shapes.
     carries: it returns (its next first argument, outputs), and donates the first.
   """
 
@@ -153,6 +165,7 @@ class JaxSide:
     # Calls of a group must not overlap on a CPU.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     self.sizes = sizes
+    self._compiled: dict[Any, tuple[Any, float]] = {}  # with seconds
     self._programs: dict[Any, Program] = {}
     self._product: Product | None = None
 
@@ -171,14 +184,30 @@ class JaxSide:
       "flax": importlib.metadata.version("flax"),
     }
 
+  def compile(self, cases: Sequence[Any]) -> None:
+    """Compiles all cases, as many at a time as there are cores."""
+
+    def one(case, lowered):
+      start = time.perf_counter()
+      compiled = lowered.compile()
+      self._compiled[case] = compiled, time.perf_counter() - start
+
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+      jobs = []
+      for case in cases:
+        made = self.make(case)
+        jobs.append(pool.submit(one, case, made.function.lower(*made.args)))
+        del made  # its arrays: `prepare` makes them when their turn has come
+      for job in jobs:
+        job.result()
+
   def prepare(self, case: Any) -> dict[str, Any]:
-    """Compiles; outputs of the first call, seconds, and bytes."""
-    made = self.make(case)
-    start = time.perf_counter()
-    compiled = made.function.lower(*made.args).compile()
-    seconds = time.perf_counter() - start
+    """Outputs of the first call; seconds of compiling, and bytes."""
+    if case not in self._compiled:
+      self.compile([case])
+    compiled, seconds = self._compiled[case]
+    self._programs[case] = dataclasses.replace(self.make(case), function=compiled)
     memory = aot.memory_of(compiled)
-    self._programs[case] = made
     outputs = self.outputs(case, self._call(case))
     stats = jax.devices()[0].memory_stats()
     return {
@@ -215,25 +244,31 @@ class JaxSide:
 
   def forget(self, case: Any) -> None:
     """Frees a case's arrays."""
-    del self._programs[case]
+    self._programs.pop(case, None)
 
   def peak_rss(self) -> int:
     return peak_rss()
 
 
 class TorchSide:
-  """PyTorch's, eager or compiled. Subclasses `make` a case's call."""
+  """PyTorch's, run as `how` of HOWS. Subclasses `make` a case's call."""
 
-  def __init__(self, sizes: Any, compiled: bool):
+  def __init__(self, sizes: Any, how: str):
     import torch
 
-    self.torch, self.sizes, self.compiled = torch, sizes, compiled
+    self.torch, self.sizes, self.how = torch, sizes, how
     self.device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = self.device == "cuda"
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
     if not on_gpu:
       torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if how != "eager":
+      # Each case has shapes of its own; beyond the limit they would run uncompiled.
+      torch._dynamo.config.recompile_limit = 100
+      torch._dynamo.config.fail_on_recompile_limit_hit = True
     self._calls: dict[Any, Callable[[], Any]] = {}
+    # case -> outputs in float32, of the first EXACT_ROWS rows; `make` may fill it.
+    self.exact: dict[Any, dict[str, Any]] = {}
 
   def make(self, case: Any) -> Callable[[], dict[str, Any]]:
     """() -> named outputs, tensors."""
@@ -241,7 +276,15 @@ class TorchSide:
 
   def fast(self, module: Any) -> Any:
     """A module as this side runs it."""
-    return self.torch.compile(module, dynamic=False) if self.compiled else module
+    torch = self.torch
+    if self.how == "blocks" and isinstance(module, torch.nn.Module):
+      found = [m.transformer_blocks for m in module.modules()
+               if hasattr(m, "transformer_blocks")]  # fmt: skip
+      for blocks in found[:1]:
+        for block in blocks:
+          block.compile(dynamic=False)
+        return module
+    return module if self.how == "eager" else torch.compile(module, dynamic=False)
 
   def tensor(self, a: np.ndarray, dtype: str | None = None) -> Any:
     """A numpy array on the device."""
@@ -264,28 +307,36 @@ class TorchSide:
     self._wait()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else None
+    ready = lambda some: {  # noqa: E731
+      name: a.detach().float().cpu().numpy() for name, a in some.items()
+    }
     return {
-      "outputs": {
-        name: a.detach().float().cpu().numpy() for name, a in outputs.items()
-      },
+      "outputs": ready(outputs),
+      "exact": ready(self.exact.pop(case, {})),
       "first_call_s": seconds,
       "peak_bytes": peak,
     }
 
   def run(self, case: Any, calls: int) -> float:
+    """Seconds per call, of a group of calls."""
+    if self.device == "cuda":
+      self._calls[case]()  # takes its memory back
     self._wait()
     start = time.perf_counter()
     for _ in range(calls):
       self._calls[case]()
     self._wait()
-    return (time.perf_counter() - start) / calls
+    seconds = (time.perf_counter() - start) / calls
+    if self.device == "cuda":
+      self.torch.cuda.empty_cache()  # the next side may need it
+    return seconds
 
   def _wait(self) -> None:
     if self.device == "cuda":
       self.torch.cuda.synchronize()
 
   def forget(self, case: Any) -> None:
-    del self._calls[case]
+    self._calls.pop(case, None)
     if self.device == "cuda":
       self.torch.cuda.empty_cache()
 
@@ -307,7 +358,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def differences(
   ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-  """Relative difference of each output.
+  """Relative difference of each output; `theirs` may have fewer rows.
 
   Raises:
     ValueError: outputs of other names, or that are not numbers.
@@ -318,7 +369,28 @@ def differences(
     for side, a in (("jax", ours[name]), ("torch", theirs[name])):
       if not np.isfinite(a).all() or not np.any(a):
         raise ValueError(f"{side}'s {name} is not finite, or zero")
-  return {n: side_by_side.relative_error(ours[n], theirs[n]) for n in ours}
+  some = lambda a, like: a[: len(like)] if np.ndim(like) else a  # noqa: E731
+  return {
+    n: side_by_side.relative_error(some(ours[n], b), b) for n, b in theirs.items()
+  }
+
+
+def each(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+  """All calls at a time; their results by name."""
+  with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+    jobs = {name: pool.submit(call) for name, call in calls.items()}
+    return {name: job.result() for name, job in jobs.items()}
+
+
+def _prepare(side: Any, cases: Sequence[Any]) -> list[dict[str, Any]]:
+  """Of a case that fails, out of memory perhaps: {"failed": its error}."""
+  found = []
+  for case in cases:
+    try:
+      found.append(side.prepare(case))
+    except RuntimeError as e:
+      found.append({"failed": str(e).strip()})
+  return found
 
 
 def measure(
@@ -329,6 +401,7 @@ def measure(
   *,
   rounds: int,
   calls: int,
+  together: bool = True,
   progress: Callable[[str], None] = lambda text: None,
   done: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
@@ -338,45 +411,56 @@ def measure(
     cases: hashable, with a `name`.
     ours, theirs: a JaxSide, and TorchSides by name, or Remotes of them.
     count: model FLOPs of a case.
+    together: all cases fit into memory at once, and are prepared before the first one
+      is timed.
     done: is given the report after every case, which may be the last one there is
       time for.
 
   Returns: `rows`, and what concerns all.
   """
-  report: dict[str, Any] = {"rows": [], **ours.about()}
-  for side in theirs.values():
-    report |= side.about()
-  for case in cases:
-    mine = ours.prepare(case)
-    outputs = mine.pop("outputs")
-    row = {"case": case.name, "teraflops": count(case) / 1e12, "jax": mine}
-    for name, side in theirs.items():
-      row[name] = side.prepare(case)
-      row[name]["difference"] = differences(outputs, row[name].pop("outputs"))
-    progress(f"{case.name}: compiled and compared")
-    sides = {"jax": ours, **theirs}
-    for side in sides.values():
-      side.run(case, calls)  # warm
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    products = []
-    for _ in range(rounds):
-      drift, found = _round(case, ours, sides, calls, report["device"])
-      products.append(drift)
-      for name, value in found.items():
-        seconds[name].append(value)
-    product = statistics.median(p["seconds"] for p in products)
-    peak = products[0]["flops"] / product
-    row["product"] = {
-      "teraflops_per_s": peak / 1e12,
-      "slowest_to_fastest": max(p["drift"] for p in products),
-    }
-    for name, values in seconds.items():
-      rate = count(case) / statistics.median(values)
-      row[name] |= {"seconds": values, **spread(values), "of_product": rate / peak}
-      if name != "jax":
-        ratios = [a / b for a, b in zip(seconds["jax"], values, strict=True)]
-        row[name]["jax_to_it"] = spread(ratios)
+  report: dict[str, Any] = {"rows": []}
+  sides = {"jax": ours, **theirs}
+  first = cases if together else ()
+
+  def start(name, side):
+    about = side.about()
+    if name == "jax":
+      side.compile(cases)
+    return about, _prepare(side, first)
+
+  started = each({n: lambda n=n, s=side: start(n, s) for n, side in sides.items()})
+  for about, _ in started.values():
+    report |= about
+  on_gpu = any(kind in report["device"] for kind in ("NVIDIA", "H100", "H200", "A100"))
+  progress("compiled")
+  for i, case in enumerate(cases):
+    if together:
+      made = {name: found[i] for name, (_, found) in started.items()}
+    else:
+      made = each(
+        {n: lambda s=side: _prepare(s, [case])[0] for n, side in sides.items()}  # noqa: B023
+      )
+    row = {"case": case.name, "teraflops": count(case) / 1e12, **made}
     report["rows"].append(row)
+    running = {n: side for n, side in sides.items() if "failed" not in row[n]}
+    outputs = {name: row[name].pop("outputs") for name in running}
+    exact = [row[name].pop("exact", None) for name in running]
+    for name in running:
+      if "jax" in running and name != "jax":
+        row[name]["difference"] = differences(outputs["jax"], outputs[name])
+      for known in filter(None, exact):
+        row[name]["error"] = differences(outputs[name], known)
+    progress(f"{case.name}: compared")
+    row |= _time(case, ours, running, rounds, calls, on_gpu)
+    for name in running:
+      values = row["seconds"][name]
+      rate = count(case) / statistics.median(values)
+      row[name] |= {"seconds": values, **spread(values)}
+      row[name]["of_product"] = rate / 1e12 / row["product"]["teraflops_per_s"]
+      if name != "jax" and "jax" in running:
+        pairs = zip(row["seconds"]["jax"], values, strict=True)
+        row[name]["jax_to_it"] = spread([a / b for a, b in pairs])
+    del row["seconds"]
     report["peak_rss_bytes"] = {n: side.peak_rss() for n, side in sides.items()}
     done(report)
     progress(f"{case.name}: timed")
@@ -385,12 +469,36 @@ def measure(
   return report
 
 
-def _round(case, ours, sides, calls, device) -> tuple[dict, dict[str, float]]:
+def _time(case, ours, sides, rounds, calls, on_gpu) -> dict[str, Any]:
+  """Seconds of every side in every round, and what the product took."""
+  number = {}
+  for name, side in sides.items():
+    first = side.run(case, 1)  # warm
+    enough = math.ceil(GROUP_SECONDS / first) if on_gpu else 0
+    number[name] = max(calls, enough)
+  seconds: dict[str, list[float]] = {name: [] for name in sides}
+  products = []
+  for _ in range(rounds):
+    product, found = _round(case, ours, sides, number, on_gpu)
+    products.append(product)
+    for name, value in found.items():
+      seconds[name].append(value)
+  peak = products[0]["flops"] / statistics.median(p["seconds"] for p in products)
+  return {
+    "seconds": seconds,
+    "calls": number,
+    "product": {
+      "teraflops_per_s": peak / 1e12,
+      "slowest_to_fastest": max(p["drift"] for p in products),
+    },
+  }
+
+
+def _round(case, ours, sides, calls, on_gpu) -> tuple[dict, dict[str, float]]:
   """One turn of each side, between two products; again if a GPU's clock drifted."""
-  on_gpu = any(kind in device for kind in ("NVIDIA", "H100", "H200", "A100"))
   for _ in range(ATTEMPTS):
     before, operations = ours.product()
-    found = {name: side.run(case, calls) for name, side in sides.items()}
+    found = {name: side.run(case, calls[name]) for name, side in sides.items()}
     after, _ = ours.product()
     drift = max(before, after) / min(before, after)
     if drift <= DRIFT or not on_gpu:
@@ -401,39 +509,60 @@ def _round(case, ours, sides, calls, device) -> tuple[dict, dict[str, float]]:
 
 def problems(report: Mapping[str, Any], names: Sequence[str], dtype: str) -> list[str]:
   """What makes a run invalid, one line each."""
-  return [
-    f"{row['case']}: {output} of {name} differs by {error:.1e}"
-    for row in report["rows"]
-    for name in names
-    for output, error in row[name]["difference"].items()
-    if dtype == "float32" and not error <= AGREE
-  ]
+  bad = []
+  for row in report["rows"]:
+    for name in ("jax", *names):
+      if "failed" in row[name]:
+        bad.append(f"{row['case']}: {name} failed: {row[name]['failed']}")
+      for output, error in row[name].get("difference", {}).items():
+        if dtype == "float32" and not error <= AGREE:
+          bad.append(f"{row['case']}: {output} of {name} differs by {error:.1e}")
+    theirs = [row[name]["error"] for name in names if "error" in row[name]]
+    for output, error in row["jax"].get("error", {}).items():
+      least = min(e[output] for e in theirs)
+      if not error <= WORSE * least:
+        text = f"{output} is {error:.1e} from float32's, PyTorch's {least:.1e}"
+        bad.append(f"{row['case']}: {text}")
+  return bad
 
 
 def table(report: Mapping[str, Any], names: Sequence[str]) -> str:
   """The rows as a Markdown table; absolute times only of a GPU."""
-  on_gpu = report["rows"][0]["jax"]["peak_bytes_so_far"] is not None
+  rows = report["rows"]
+  on_gpu = any(row["jax"].get("peak_bytes_so_far") is not None for row in rows)
+  every = ("jax", *names)
   head = ["case", "TFLOP", *(f"jax to {name}" for name in names)]
-  head += [f"{name}, of the product's rate" for name in ("jax", *names)]
+  head += [f"{name}, of the product's rate" for name in every]
   if on_gpu:
-    head += [f"{name}, ms" for name in ("jax", *names)]
+    head += [f"{name}, ms" for name in every]
     head += ["jax, program GiB", *(f"{name}, peak GiB" for name in names)]
   head += ["temporaries, MiB", "compiling, s", *(f"difference to {n}" for n in names)]
+  if exact := any("error" in row["jax"] for row in rows):
+    head += [f"{name}, error" for name in every]
   lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-  for row in report["rows"]:
-    both = [row[name] for name in ("jax", *names)]
-    ratios = [row[name]["jax_to_it"] for name in names]
-    cells = [row["case"], f"{row['teraflops']:.3g}"]
-    cells += [f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})" for r in ratios]
-    cells += [f"{side['of_product']:.0%}" for side in both]
+
+  def cells_of(row):
+    def cell(name, key, text):
+      return text(row[name][key]) if row[name].get(key) is not None else "-"
+
+    ranged = lambda r: f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"  # noqa: E731
+    gib = lambda size: f"{size / aot.GIB:.2f}"  # noqa: E731
+    worst = lambda errors: f"{max(errors.values()):.1e}"  # noqa: E731
+    yield row["case"]
+    yield f"{row['teraflops']:.3g}"
+    yield from (cell(name, "jax_to_it", ranged) for name in names)
+    yield from (cell(name, "of_product", "{:.0%}".format) for name in every)
     if on_gpu:
-      cells += [f"{1000 * side['median']:.2f}" for side in both]
-      cells += [f"{row['jax']['program_bytes'] / aot.GIB:.2f}"]
-      cells += [f"{row[name]['peak_bytes'] / aot.GIB:.2f}" for name in names]
-    cells += [f"{row['jax']['temporary_bytes'] / 2**20:.1f}"]
-    cells += [f"{row['jax']['compile_s']:.1f}"]
-    cells += [f"{max(row[name]['difference'].values()):.1e}" for name in names]
-    lines.append(f"| {' | '.join(cells)} |")
+      yield from (cell(n, "median", lambda s: f"{1000 * s:.2f}") for n in every)
+      yield cell("jax", "program_bytes", gib)
+      yield from (cell(name, "peak_bytes", gib) for name in names)
+    yield cell("jax", "temporary_bytes", lambda size: f"{size / 2**20:.1f}")
+    yield cell("jax", "compile_s", "{:.1f}".format)
+    yield from (cell(name, "difference", worst) for name in names)
+    if exact:
+      yield from (cell(name, "error", worst) for name in every)
+
+  lines += [f"| {' | '.join(cells_of(row))} |" for row in rows]
   return "\n".join(lines)
 
 
@@ -450,6 +579,7 @@ class Table:
     cases: sizes -> all cases.
     ours, theirs: classes of the two sides.
     count: (sizes, case) -> model FLOPs.
+    together: all cases' arrays fit into memory at once.
   """
 
   description: str
@@ -459,6 +589,7 @@ class Table:
   ours: type[JaxSide]
   theirs: type[TorchSide]
   count: Callable[[Any, Any], float]
+  together: bool = True
 
 
 def main(found: Table, argv: Sequence[str] | None = None) -> int:
@@ -470,7 +601,7 @@ def main(found: Table, argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--full", action="store_true", help="full size, for a GPU")
   parser.add_argument("--cases", nargs="+", help="default: all")
   parser.add_argument(
-    "--torch", nargs="*", choices=["eager", "compile"], default=["eager"]
+    "--torch", nargs="*", choices=HOWS, default=["eager"], help="default: eager"
   )
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--calls", type=int, default=3, help="per group")
@@ -504,12 +635,13 @@ def main(found: Table, argv: Sequence[str] | None = None) -> int:
     Remote(found.ours, sizes),
     # Whose jax only makes the weights.
     {
-      name: Remote(found.theirs, sizes, how == "compile", platform="cpu")
+      name: Remote(found.theirs, sizes, how, platform="cpu")
       for name, how in zip(names, args.torch, strict=True)
     },
     lambda case: found.count(sizes, case),
     rounds=args.rounds,
     calls=args.calls,
+    together=found.together,
     progress=lambda text: print(
       f"[{time.perf_counter() - start:.0f} s] {text}", file=sys.stderr, flush=True
     ),
@@ -518,7 +650,7 @@ def main(found: Table, argv: Sequence[str] | None = None) -> int:
   versions = ("device", "jax", "flax", "torch", "diffusers", "transformers", "peft")
   print(", ".join(f"{name} {report[name]}" for name in versions if name in report))
   known = flops.peak(report["device"])
-  if known is not None:
+  if known is not None and report["rows"]:
     share = report["rows"][0]["product"]["teraflops_per_s"] * 1e12 / known
     print(
       f"the product runs at {share:.0%} of the data sheet's {known / 1e12:.0f} TF/s"

@@ -2,6 +2,7 @@
 
   drm          21 blocks with weights of their own, convolutional head
   dina         12 blocks under adapters, Q-Former head, adapters beside their layers
+  dina-scan    the same with the blocks under lax.scan (a narrow model's always are)
   dina-merged  the same without adapters, as after merging them
 
 PyTorch's side is diffusers' blocks, PEFT's adapters and the heads of
@@ -9,11 +10,13 @@ convert/torch_reference.py. A narrow model on a CPU, SD3.5-Medium at 512 and 102
 a GPU (protocol.py; `--cases` and `--torch` split it into shorter commands):
 
   python benchmarks/scoring.py --out benchmarks/results/scoring_cpu.json
-  python benchmarks/scoring.py --full --torch eager compile --out scoring_gpu.json
+  python benchmarks/scoring.py --full --torch eager blocks --out scoring_gpu.json
 """
 
 from collections.abc import Callable
+import copy
 import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -28,7 +31,12 @@ import side_by_side
 from lrm_jax import build, flops, weights
 from lrm_jax.models import features, mmdit, reward
 
-SCORERS = {"drm": "drm", "dina": "dina", "dina-merged": "cheap"}  # in Sizes.rewards
+SCORERS = {  # in Sizes.rewards
+  "drm": "drm",
+  "dina": "dina",
+  "dina-scan": "dina",
+  "dina-merged": "cheap",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +55,11 @@ class Case:
 def cases(sizes: model_sizes.Sizes) -> list[Case]:
   """A narrow model at one size only, and no large batches."""
   full = sizes == model_sizes.Sizes.full()
-  sides = (sizes.latent, 2 * sizes.latent) if full else (sizes.latent,)
-  batches = (1, 8, 32) if full else (1, 8)
-  return [Case(s, side, b) for side in sides for s in SCORERS for b in batches]
+  if not full:
+    some = [name for name in SCORERS if name != "dina-scan"]
+    return [Case(s, sizes.latent, b) for s in some for b in (1, 8)]
+  sides = (sizes.latent, 2 * sizes.latent)
+  return [Case(s, side, b) for side in sides for s in SCORERS for b in (1, 8, 16, 32)]
 
 
 def config_of(sizes: model_sizes.Sizes, case: Case) -> reward.RewardConfig:
@@ -74,8 +84,9 @@ def random_inputs(
   )
 
 
+@functools.lru_cache(maxsize=1)
 def random_reward(config: reward.RewardConfig, seed: int = 0) -> dict:
-  """All parameters, stacked, float32 numpy."""
+  """All parameters, stacked, float32 numpy: not to be changed."""
   _, like = weights.abstract(lambda: build.make_reward(config))
   return side_by_side.random_weights(like, seed)
 
@@ -83,22 +94,36 @@ def random_reward(config: reward.RewardConfig, seed: int = 0) -> dict:
 class Ours(protocol.JaxSide):
   """`RewardModel` under jit."""
 
-  def make(self, case: Case) -> protocol.Program:
-    sizes, config = self.sizes, config_of(self.sizes, case)
-    dtype = build.dtype(sizes.dtype)
-    graphdef, like = weights.abstract(
-      lambda: build.make_reward(
-        config,
-        dtype=dtype,
-        param_dtype=dtype,
-        trained_dtype=dtype,
-        scan_blocks=sizes.scan,
+  def __init__(self, sizes: model_sizes.Sizes):
+    super().__init__(sizes)
+    self._models: dict[str, tuple[nnx.GraphDef, Any]] = {}  # by scorer
+
+  def _model(self, case: Case) -> tuple[nnx.GraphDef, Any]:
+    """Graph, and parameters on the device."""
+    if case.scorer not in self._models:
+      config, scan = config_of(self.sizes, case), self.sizes.scan
+      scan |= case.scorer.endswith("-scan")
+      dtype = build.dtype(self.sizes.dtype)
+      graphdef, like = weights.abstract(
+        lambda: build.make_reward(
+          config,
+          dtype=dtype,
+          param_dtype=dtype,
+          trained_dtype=dtype,
+          scan_blocks=scan,
+        )
       )
-    )
-    params = random_reward(config)
-    if not sizes.scan:
-      params["backbone"] = mmdit.unstack_params(params["backbone"])
-    params = build.to_device(build.fit(params, like, name="random weights"))
+      params = random_reward(config)
+      if not scan:
+        backbone = mmdit.unstack_params(params["backbone"])
+        params = {**params, "backbone": backbone}
+      params = build.to_device(build.fit(params, like, name="random weights"))
+      self._models[case.scorer] = graphdef, params
+    return self._models[case.scorer]
+
+  def make(self, case: Case) -> protocol.Program:
+    sizes, dtype = self.sizes, build.dtype(self.sizes.dtype)
+    graphdef, params = self._model(case)
     x, sigma, context, pooled = random_inputs(sizes, case.latent, case.batch)
     cond = features.Cond(jnp.asarray(context, dtype), jnp.asarray(pooled, dtype))
     score = jax.jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))
@@ -106,18 +131,39 @@ class Ours(protocol.JaxSide):
 
 
 class Theirs(protocol.TorchSide):
-  """The published modules."""
+  """The published modules; eager, they also say what float32 would give."""
+
+  def __init__(self, sizes: model_sizes.Sizes, how: str):
+    super().__init__(sizes, how)
+    self._models: dict[str, tuple[Any, Any]] = {}  # by name in Sizes.rewards
+
+  def _model(self, case: Case) -> tuple[Any, Any]:
+    """The model, and in float32 where that is something else and is asked for."""
+    name = SCORERS[case.scorer]
+    if name not in self._models:
+      config = config_of(self.sizes, case)
+      exact = side_by_side.torch_reward(config, random_reward(config), self.device)
+      exact = exact.to(self.device).eval().requires_grad_(False)
+      dtype = getattr(self.torch, self.sizes.dtype)
+      keeps = self.how == "eager" and dtype != self.torch.float32
+      model = (copy.deepcopy(exact) if keeps else exact).to(dtype)
+      self._models[name] = self.fast(model), exact if keeps else None
+    return self._models[name]
 
   def make(self, case: Case) -> Callable[[], dict[str, Any]]:
     torch, dtype = self.torch, self.sizes.dtype
-    config = config_of(self.sizes, case)
-    model = side_by_side.torch_reward(config, random_reward(config))
-    model = model.to(self.device, getattr(torch, dtype)).eval().requires_grad_(False)
-    model = self.fast(model)
+    model, exact = self._model(case)
     x, sigma, context, pooled = random_inputs(self.sizes, case.latent, case.batch)
     x = self.tensor(x.transpose(0, 3, 1, 2), dtype)
     t = self.tensor(1000 * sigma)  # in bfloat16 it would be rounded to multiples of 4
     context, pooled = self.tensor(context, dtype), self.tensor(pooled, dtype)
+    if exact is not None:
+      some = slice(protocol.EXACT_ROWS)
+      inputs = [a[some].float() for a in (x, t, context, pooled)]
+      torch.set_float32_matmul_precision("highest")
+      with torch.inference_mode():
+        self.exact[case] = {"output": exact(*inputs)[:, 0]}
+      torch.set_float32_matmul_precision("high")
 
     @torch.inference_mode()
     def call():

@@ -7,7 +7,10 @@ are imported where they are needed.
 """
 
 from collections.abc import Mapping
+import concurrent.futures
+import os
 from typing import Any
+import zlib
 
 import numpy as np
 
@@ -21,10 +24,13 @@ from lrm_jax.models import conv_head, mmdit, reward
 
 
 def random_weights(like: Mapping, seed: int = 0) -> dict:
-  """Non-zero parameters (a fresh model's zero gates would hide half of it)."""
-  rng = np.random.default_rng(seed)
+  """Non-zero parameters (a fresh model's zero gates would hide half of it).
+
+  Each has a generator of its own, and all cores draw: there may be billions.
+  """
 
   def draw(path, leaf):
+    rng = np.random.default_rng((seed, zlib.crc32(path.encode())))
     noise = rng.standard_normal(leaf.shape, np.float32)
     name = path.rsplit("/", 1)[-1]
     if name == "kernel":
@@ -37,7 +43,9 @@ def random_weights(like: Mapping, seed: int = 0) -> dict:
     return noise
 
   flat = weights.flatten(like)
-  return weights.unflatten({path: draw(path, leaf) for path, leaf in flat.items()})
+  with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    drawn = pool.map(draw, flat.keys(), flat.values())
+    return weights.unflatten(dict(zip(flat, drawn, strict=True)))
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -58,8 +66,8 @@ def fill_torch(
   """
   import torch
 
-  exported = engine.export(keymap, weights.flatten(params))
-  state = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in exported}
+  exported = engine.export(keymap, weights.flatten(params), contiguous=False)
+  state = {key: torch.from_numpy(a) for key, a in exported}
   missing, unexpected = module.load_state_dict(state, strict=False)
   left = [key for key in missing if not key.startswith(ignored)]
   if left or unexpected:
@@ -67,20 +75,27 @@ def fill_torch(
 
 
 def torch_transformer(
-  config: mmdit.MMDiTConfig, params: Mapping, *, extra_blocks: int = 0
+  config: mmdit.MMDiTConfig,
+  params: Mapping,
+  *,
+  extra_blocks: int = 0,
+  device: str = "cpu",
 ) -> Any:
   """diffusers' SD3Transformer2DModel with our (stacked) parameters.
 
   Args:
+    device: where it is made: a GPU initialises billions of weights at once.
     extra_blocks: blocks more than the config's, which nobody runs. diffusers never
       updates the text in its last block, so a truncated backbone needs one.
   """
   import diffusers
+  import torch
 
   fields = config.to_diffusers()
   fields["num_layers"] += extra_blocks
   del fields["_class_name"]
-  transformer = diffusers.SD3Transformer2DModel(**fields)
+  with torch.device(device):
+    transformer = diffusers.SD3Transformer2DModel(**fields)
   unused = tuple(
     f"transformer_blocks.{config.num_layers + i}." for i in range(extra_blocks)
   )
@@ -90,7 +105,9 @@ def torch_transformer(
   return transformer
 
 
-def torch_reward(config: reward.RewardConfig, params: Mapping) -> Any:
+def torch_reward(
+  config: reward.RewardConfig, params: Mapping, device: str = "cpu"
+) -> Any:
   """`model(latents, timesteps, context, pooled) -> (b, 1)` with our parameters.
 
   Adapters stay beside their layers (PEFT), as in ours.
@@ -105,7 +122,7 @@ def torch_reward(config: reward.RewardConfig, params: Mapping) -> Any:
       if "/lora_" not in path
     }
   )
-  transformer = torch_transformer(backbone, base, extra_blocks=1)
+  transformer = torch_transformer(backbone, base, extra_blocks=1, device=device)
   if isinstance(config.head, conv_head.ConvHeadConfig):
     model = torch_reference.DrmReward(
       transformer,

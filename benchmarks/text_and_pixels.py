@@ -90,6 +90,11 @@ class Case:
   def of_pixels(self) -> bool:
     return self.model in ("encode", "decode")
 
+  @property
+  def weights(self) -> str:
+    """Which of Sizes' models it runs."""
+    return "vae" if self.of_pixels else self.model
+
 
 def cases(sizes: Sizes) -> list[Case]:
   found = [Case(m, p, b) for m in ("encode", "decode") for p in sizes.pixels
@@ -100,7 +105,7 @@ def cases(sizes: Sizes) -> list[Case]:
 
 
 def config_of(sizes: Sizes, case: Case) -> Any:
-  return getattr(sizes, "vae" if case.of_pixels else case.model)
+  return getattr(sizes, case.weights)
 
 
 def make_inputs(sizes: Sizes, case: Case) -> np.ndarray:
@@ -122,7 +127,6 @@ def our_model(sizes: Sizes, case: Case, **kw) -> Callable[[], nnx.Module]:
   return lambda: make(config_of(sizes, case), rngs=nnx.Rngs(0), **kw)
 
 
-@functools.cache
 def random_params(sizes: Sizes, case: Case) -> dict:
   return side_by_side.random_weights(weights.abstract(our_model(sizes, case))[1])
 
@@ -214,12 +218,22 @@ def count(sizes: Sizes, case: Case) -> float:
 class Ours(protocol.JaxSide):
   """As lrm_jax.encoders runs them."""
 
+  def __init__(self, sizes: Sizes):
+    super().__init__(sizes)
+    self._models: dict[str, tuple[nnx.GraphDef, Any]] = {}
+
+  def _model(self, case: Case) -> tuple[nnx.GraphDef, Any]:
+    if case.weights not in self._models:
+      dtype = build.dtype("float32" if case.of_pixels else self.sizes.dtype)
+      graphdef, like = weights.abstract(
+        our_model(self.sizes, case, dtype=dtype, param_dtype=dtype)
+      )
+      params = build.fit(random_params(self.sizes, case), like, name="random weights")
+      self._models[case.weights] = graphdef, build.to_device(params)
+    return self._models[case.weights]
+
   def make(self, case: Case) -> protocol.Program:
-    dtype = build.dtype("float32" if case.of_pixels else self.sizes.dtype)
-    graphdef, like = weights.abstract(
-      our_model(self.sizes, case, dtype=dtype, param_dtype=dtype)
-    )
-    params = build.fit(random_params(self.sizes, case), like, name="random weights")
+    graphdef, params = self._model(case)
 
     def run(params, x):
       model = nnx.merge(graphdef, params)
@@ -231,8 +245,9 @@ class Ours(protocol.JaxSide):
         return {"output": model(x)}
       return dict(zip(("output", "pooled"), model(x), strict=True))
 
-    args = build.to_device(params), jax.device_put(make_inputs(self.sizes, case))
-    return protocol.Program(jax.jit(run), args)
+    return protocol.Program(
+      jax.jit(run), (params, jax.device_put(make_inputs(self.sizes, case)))
+    )
 
   def outputs(self, case: Case, result: Any) -> dict[str, Any]:
     return result
@@ -241,16 +256,26 @@ class Ours(protocol.JaxSide):
 class Theirs(protocol.TorchSide):
   """diffusers and transformers."""
 
+  def __init__(self, sizes: Sizes, how: str):
+    super().__init__(sizes, how)
+    self._models: dict[str, Any] = {}
+
+  def _model(self, case: Case) -> Any:
+    if case.weights not in self._models:
+      with self.torch.device(self.device):
+        module, keymap = torch_model(self.sizes, case)
+      # T5's second name for its embedding.
+      tied = ("encoder.embed_tokens.",) if case.model == "t5" else ()
+      side_by_side.fill_torch(module, keymap, random_params(self.sizes, case), tied)
+      module = module.to(self.device).eval().requires_grad_(False)
+      if not case.of_pixels:
+        module = module.to(getattr(self.torch, self.sizes.dtype))
+      self._models[case.weights] = module
+    return self._models[case.weights]
+
   def make(self, case: Case) -> Callable[[], dict[str, Any]]:
     torch = self.torch
-    module, keymap = torch_model(self.sizes, case)
-    # T5's second name for its embedding.
-    tied = ("encoder.embed_tokens.",) if case.model == "t5" else ()
-    side_by_side.fill_torch(module, keymap, random_params(self.sizes, case), tied)
-    module = module.to(self.device).eval().requires_grad_(False)
-    if not case.of_pixels:
-      module = module.to(getattr(torch, self.sizes.dtype))
-    forward = self.fast(torch_forward(module, case))
+    forward = self.fast(torch_forward(self._model(case), case))
     x = make_inputs(self.sizes, case)
     x = self.tensor(x.transpose(0, 3, 1, 2) if case.of_pixels else x)
 

@@ -10,7 +10,7 @@ GPU), autocast to the sizes' dtype where that is not float32. Compared are the f
 step's loss and gradient norm.
 
   python benchmarks/training.py --out benchmarks/results/training_cpu.json
-  python benchmarks/training.py --full --torch eager compile --out training_gpu.json
+  python benchmarks/training.py --full --torch eager blocks --out training_gpu.json
 """
 
 from collections.abc import Callable
@@ -54,11 +54,15 @@ class Case:
 
 
 def cases(sizes: model_sizes.Sizes) -> list[Case]:
-  """16 pairs are DiNa-LRM's 32 images; a narrow model has fewer."""
+  """16 pairs are DiNa-LRM's 32 images; a narrow model has fewer.
+
+  Of a full fine-tune PyTorch has no room for more than 4 without checkpoints.
+  """
   if sizes == model_sizes.Sizes.full():
-    some = [("none", False), ("attention", False), ("attention", True)]
-    lora = [Case("lora", 16, *how) for how in some]
-    return [*lora, Case("full", 16, "attention", False)]
+    hows = [("none", False), ("attention", False), ("attention", True)]
+    lora = [Case("lora", pairs, *how) for pairs in (8, 16) for how in hows]
+    full = [Case("full", 4, "none", False), Case("full", 4, "attention", False)]
+    return [*lora, *full, Case("full", 16, "attention", False)]
   scans = (True, False)
   return [*(Case("lora", 2, "none", s) for s in scans), Case("full", 2, "none", True)]
 
@@ -130,7 +134,8 @@ class Ours(protocol.JaxSide):
     )
     params = scoring.random_reward(config)
     if not case.scan:
-      params["backbone"] = mmdit.unstack_params(params["backbone"])
+      backbone = mmdit.unstack_params(params["backbone"])
+      params = {**params, "backbone": backbone}
     params = build.to_device(build.fit(params, like, name="random weights"))
     frozen = (("^backbone/(?!.*/lora_)", "freeze"), (".*", "train"))
     table = frozen if case.kind == "lora" else (("pos_embed$", "freeze"), frozen[1])
@@ -165,7 +170,8 @@ class Theirs(protocol.TorchSide):
   def make(self, case: Case) -> Callable[[], dict[str, Any]]:
     torch, sizes, config = self.torch, self.sizes, config_of(self.sizes, case)
     dtype = getattr(torch, sizes.dtype)
-    model = side_by_side.torch_reward(config, scoring.random_reward(config))
+    params = scoring.random_reward(config)
+    model = side_by_side.torch_reward(config, params, self.device)
     model = model.to(self.device).eval()  # no dropout
     for name, p in model.named_parameters():
       is_trained = case.kind == "full" or "lora_" in name or "reward_head" in name
@@ -224,6 +230,7 @@ TABLE = protocol.Table(
   ours=Ours,
   theirs=Theirs,
   count=count,
+  together=False,
 )
 
 

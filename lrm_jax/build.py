@@ -5,6 +5,7 @@ Two sources of names: a model folder's `config.json`, and the ConfigDicts of
 """
 
 from collections.abc import Callable, Mapping
+import concurrent.futures
 import dataclasses
 import functools
 import inspect
@@ -126,9 +127,13 @@ def fit(params: Mapping, like: Mapping, *, name: str) -> dict:
     raise folder_lib.FolderError(
       f"{name}: {len(problems)} problem(s)\n  " + "\n  ".join(problems)
     )
-  return weights.unflatten(
-    {p: np.asarray(found[p]).astype(want[p].dtype, copy=False) for p in want}
-  )
+
+  def cast(path):
+    return np.asarray(found[path]).astype(want[path].dtype, copy=False)
+
+  # numpy lets go of the interpreter while it casts: billions of weights, all cores.
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return weights.unflatten(dict(zip(want, pool.map(cast, want), strict=True)))
 
 
 def _load(folder, name: str, make: Callable[[Any], nnx.Module]) -> Model:

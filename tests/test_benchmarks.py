@@ -142,7 +142,7 @@ def test_explore_compares_and_counts():
   ours = explore_benchmark.JaxSide(sizes)
   theirs = {}
   if importlib.util.find_spec("torch") is not None:
-    theirs["torch"] = explore_benchmark.TorchSide(sizes, False, threads=1)
+    theirs["torch"] = explore_benchmark.TorchSide(sizes, "eager")
   report = explore_benchmark.measure(sizes, cases, ours, theirs, rounds=1, calls=1)
   assert not explore_benchmark.problems(report, list(theirs), sizes.dtype)
   assert report["recompiled"] == {"calls": 2 * len(cases), "compilations": 0}

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
+import attention_kernels
 import compile_time
 import grpo
 import model_sizes
@@ -38,10 +41,11 @@ def run(table: protocol.Table, cases, sizes=TINY):
   report = protocol.measure(
     cases,
     table.ours(sizes),
-    {name: table.theirs(sizes, False) for name in names},
+    {name: table.theirs(sizes, "eager") for name in names},
     lambda case: table.count(sizes, case),
     rounds=1,
     calls=1,
+    together=table.together,
     done=lambda report: reports.append(len(report["rows"])),
   )
   assert reports == list(range(1, 1 + len(cases)))  # nothing is lost of a run cut short
@@ -61,6 +65,15 @@ def test_scoring():
     side = row["jax"]
     rate = row["teraflops"] / side["median"] / row["product"]["teraflops_per_s"]
     assert side["of_product"] == pytest.approx(rate)
+
+
+def test_attention_kernels():
+  cases = attention_kernels.cases(attention_kernels.NARROW)
+  assert {case.direction for case in cases} == {"forward", "gradient"}
+  report = run(attention_kernels.TABLE, cases, attention_kernels.NARROW)
+  assert set(report["rows"][-1]["torch-eager"]["difference"]) == set("qkv")
+  forward, gradient = report["rows"][0], report["rows"][-2]
+  assert gradient["teraflops"] == pytest.approx(3 * forward["teraflops"])
 
 
 def test_training():
@@ -96,13 +109,75 @@ def test_sides_that_disagree_are_named():
   one, other = np.ones(4), np.full(4, 1.1)
   found = protocol.differences({"loss": one}, {"loss": other})
   assert found["loss"] == pytest.approx(0.1 / 1.1)
-  report = {"rows": [{"case": "c", "torch-eager": {"difference": found}}]}
+  report = {"rows": [{"case": "c", "jax": {}, "torch-eager": {"difference": found}}]}
   assert protocol.problems(report, ["torch-eager"], "float32") == [
     "c: loss of torch-eager differs by 9.1e-02"
   ]
   assert not protocol.problems(report, ["torch-eager"], "bfloat16")
   with pytest.raises(ValueError, match="torch's loss is not finite, or zero"):
     protocol.differences({"loss": one}, {"loss": 0 * one})
+
+
+def test_an_error_in_bfloat16_beyond_pytorchs_is_named():
+  row = {"case": "c", "jax": {"error": {"score": 2e-3}}, "torch-eager": {}}
+  row["torch-eager"] = {"difference": {"score": 1.0}, "error": {"score": 1e-3}}
+  bad = protocol.problems({"rows": [row]}, ["torch-eager"], "bfloat16")
+  assert bad == ["c: score is 2.0e-03 from float32's, PyTorch's 1.0e-03"]
+  row["jax"]["error"]["score"] = 1.4e-3
+  assert not protocol.problems({"rows": [row]}, ["torch-eager"], "bfloat16")
+
+
+def test_bfloat16_scores_are_held_against_float32():
+  sizes = dataclasses.replace(TINY, dtype="bfloat16", scan=False)
+  report = protocol.measure(
+    [scoring.Case("dina", TINY.latent, 3)],
+    scoring.Ours(sizes),
+    {"torch-eager": scoring.Theirs(sizes, "eager")},
+    lambda case: scoring.count(sizes, case),
+    rounds=1,
+    calls=1,
+  )
+  (row,) = report["rows"]
+  for name in ("jax", "torch-eager"):
+    assert 1e-5 < row[name]["error"]["output"] < 0.1
+  assert "jax, error | torch-eager, error" in protocol.table(report, ["torch-eager"])
+
+
+class OutOfMemory(protocol.TorchSide):
+  """Fails one of two cases."""
+
+  def make(self, case):
+    if case.name == "large":
+      raise RuntimeError("out of memory")
+    return lambda: {"output": self.torch.ones(2)}
+
+
+class Ones(protocol.JaxSide):
+  def make(self, case):
+    return protocol.Program(jax.jit(lambda: jnp.ones(2)), ())
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_side_that_fails_a_case_is_reported_and_the_others_go_on(together):
+  report = protocol.measure(
+    [Fake("large"), Fake("small")],
+    Ones(None),
+    {"torch-eager": OutOfMemory(None, "eager")},
+    lambda case: 1e9,
+    rounds=2,
+    calls=1,
+    together=together,
+  )
+  large, small = report["rows"]
+  assert len(large["jax"]["seconds"]) == 2 and "seconds" not in large["torch-eager"]
+  assert len(small["torch-eager"]["seconds"]) == 2
+  assert small["torch-eager"]["difference"] == {"output": 0}
+  assert protocol.problems(report, ["torch-eager"], "float32") == [
+    "large: torch-eager failed: out of memory"
+  ]
+  _, _, first, second = protocol.table(report, ["torch-eager"]).splitlines()
+  assert "| large | 0.001 | - |" in first and "| small | 0.001 | - |" not in second
+  assert first.count("|") == second.count("|")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +201,11 @@ class Drifting:
 
 def test_a_round_on_a_gpu_that_drifts_is_measured_again():
   side = Drifting([1.0, 2.0, 1.0, 1.01])
-  product, found = protocol._round(Fake(), side, {"jax": side}, 1, "NVIDIA H200")
+  product, found = protocol._round(Fake(), side, {"jax": side}, {"jax": 1}, True)
   assert side.runs == 2 and found == {"jax": 0.5}
   assert product["seconds"] == pytest.approx(1.005)
   side = Drifting([1.0, 2.0, 1.0, 1.01])
-  product, _ = protocol._round(Fake(), side, {"jax": side}, 1, "cpu")
+  product, _ = protocol._round(Fake(), side, {"jax": side}, {"jax": 1}, False)
   assert side.runs == 1 and product["drift"] == 2.0  # reported
 
 

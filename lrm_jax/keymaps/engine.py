@@ -342,9 +342,16 @@ def match(
 
 
 def export(
-  keymap: Keymap, leaves: Mapping[str, np.ndarray], *, name: str = "parameters"
+  keymap: Keymap,
+  leaves: Mapping[str, np.ndarray],
+  *,
+  name: str = "parameters",
+  contiguous: bool = True,
 ) -> Iterable[tuple[str, np.ndarray]]:
-  """Parameters -> torch state dict, one contiguous tensor at a time.
+  """Parameters -> torch state dict, one tensor at a time.
+
+  Args:
+    contiguous: as files need them; else views of the parameters, which is faster.
 
   Raises:
     ConversionError: a parameter that no row of the table writes.
@@ -356,7 +363,8 @@ def export(
       if np.any(view):
         raise ConversionError(f"{name}: {key} is not 0, but not in this layout")
       continue
-    yield key, np.ascontiguousarray(slot.transform.to_torch(view))
+    tensor = slot.transform.to_torch(view)
+    yield key, np.ascontiguousarray(tensor) if contiguous else tensor
 
 
 def layout(

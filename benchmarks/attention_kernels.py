@@ -42,7 +42,7 @@ FULL = Sizes(
   heads=24,
   head_dim=64,
   shapes=((16, 1357), (16, 1024), (2, 1357), (4, 4429)),
-  kernels=("cudnn", "tokamax", "xla"),
+  kernels=("cudnn", "xla"),
   dtype="bfloat16",
 )
 NARROW = Sizes(4, 32, ((2, 77), (2, 128)), ("xla",), "float32")

@@ -409,7 +409,11 @@ class JaxSide(protocol.JaxSide):
       for piece in _pieces(self.sizes, case):
         if piece not in self.pieces:
           self.pieces[piece] = self._make_piece(*piece)
-          jax.block_until_ready(self.pieces[piece]())
+    # They compile in their first call: many at a time.
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+      jobs = [pool.submit(call) for call in self.pieces.values()]
+      for job in jobs:
+        jax.block_until_ready(job.result())
 
   def piece_seconds(self, case: Case, calls: int) -> dict[tuple, float]:
     """Seconds per call of each piece of a case, in a group of calls."""
@@ -629,11 +633,14 @@ def measure(
   rounds: int,
   calls: int,
   progress: Callable[[str], None] = lambda text: None,
+  done: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
   """Compiles, compares, and times everything.
 
   Args:
     ours, theirs: JaxSide, and TorchSides by name, or Remotes of them.
+    done: is given the report after every round, which may be the last one there is
+      time for.
 
   Returns: `rows`, one per case, and what concerns all.
   """
@@ -643,14 +650,16 @@ def measure(
     for b, path in paths.items():
       ours.noise(b, most, path)
 
-    def first_runs(side):
-      return [side.first_run(case, paths[case.batch]) for case in cases]
+    def first_runs(name, side):
+      found = [side.first_run(case, paths[case.batch]) for case in cases]
+      progress(f"{name}: ready")
+      return found
 
     # torch.compile compiles in its first run.
-    calls_of = {name: lambda s=side: first_runs(s) for name, side in theirs.items()}
+    calls_of = {n: lambda n=n, s=side: first_runs(n, s) for n, side in theirs.items()}
     found = protocol.each(calls_of | {"jax": lambda: ours.compile_all(cases)})
   compiled = found.pop("jax")
-  progress("compiled")
+  progress("jax: all compiled")
   rows = {
     case: {
       "case": case.name,
@@ -688,25 +697,26 @@ def measure(
         seconds.setdefault((*piece, case), []).append(value)
       for name, side in (("jax", ours), *theirs.items()):
         seconds.setdefault((name, case), []).append(side.run(case, 1))
+    _summarise(sizes, rows, seconds, theirs, number + 1)
+    peak = operations / statistics.median(matmuls)
+    for case, row in rows.items():
+      row["teraflops"] = teraflops(sizes, case)
+      for name in ("jax", *theirs):
+        rate = 1e12 * row["teraflops"] / row[name]["median"]
+        row[name]["of_product"] = rate / peak
+    report = {
+      "rows": list(rows.values()),
+      "rounds": number + 1,
+      "matmul_s": matmuls,
+      "peak_rss_bytes": {
+        name: side.peak_rss() for name, side in (("jax", ours), *theirs.items())
+      },
+      **ours.about(),
+      **{k: v for side in theirs.values() for k, v in side.about().items()},
+    }
+    done(report)
     progress(f"round {number + 1} of {rounds}")
-  _summarise(sizes, rows, seconds, theirs, rounds)
-  peak = operations / statistics.median(matmuls)
-  for case, row in rows.items():
-    row["teraflops"] = teraflops(sizes, case)
-    for name in ("jax", *theirs):
-      rate = 1e12 * row["teraflops"] / row[name]["median"]
-      row[name]["of_product"] = rate / peak
-  recompiled = ours.changed()
-  return {
-    "rows": list(rows.values()),
-    "recompiled": recompiled,
-    "matmul_s": matmuls,
-    "peak_rss_bytes": {
-      name: side.peak_rss() for name, side in (("jax", ours), *theirs.items())
-    },
-    **ours.about(),
-    **{k: v for side in theirs.values() for k, v in side.about().items()},
-  }
+  return report | {"recompiled": ours.changed()}
 
 
 def _summarise(sizes, rows, seconds, theirs, rounds) -> None:
@@ -970,6 +980,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Sizes, list[Case]
 
 def main(argv: list[str] | None = None) -> int:
   args, sizes, cases = parse(argv)
+  protocol.prepare_processes()
   print(
     f"{sizes.layers} blocks of width {sizes.generator.width}, latent {sizes.latent}x"
     f"{sizes.latent}, {sizes.text_tokens} text tokens, {sizes.steps} steps, guidance "
@@ -981,6 +992,7 @@ def main(argv: list[str] | None = None) -> int:
     "width": sizes.generator.width,
     "guidance_scale": GUIDANCE,
     "machine": platform.machine(),
+    "cores": len(os.sched_getaffinity(0)),
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
   }
   if args.aot is not None:
@@ -998,7 +1010,6 @@ def main(argv: list[str] | None = None) -> int:
     write(args.out, report)
     return 0
 
-  protocol.prepare_processes()
   names = [f"torch-{how}" for how in args.torch]
   theirs = {  # whose jax only makes the weights
     f"torch-{how}": protocol.Remote(TorchSide, sizes, how, platform="cpu")
@@ -1015,10 +1026,9 @@ def main(argv: list[str] | None = None) -> int:
     progress=lambda text: print(
       f"[{time.perf_counter() - start:.0f} s] {text}", file=sys.stderr, flush=True
     ),
+    done=lambda report: write(args.out, result | report),
   )
   report = result | measured
-  report["cores"] = len(os.sched_getaffinity(0))
-  report["rounds"] = args.rounds
   print(f"\n{table(report, names)}\n\n{details(report, names)}")
   write(args.out, report)
   bad = problems(report, names, sizes.dtype)

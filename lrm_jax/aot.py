@@ -181,8 +181,9 @@ def _gpu(name: str, chip: Chip, target_config: str | os.PathLike | None) -> Targ
   }
   if (spec := importlib.util.find_spec("nvidia")) is not None:
     for folder in spec.submodule_search_locations or ():
-      if (nvcc := pathlib.Path(folder, "cuda_nvcc")).is_dir():
-        options["xla_gpu_cuda_data_dir"] = str(nvcc)
+      for name_of_cuda in ("cuda_nvcc", "cu13"):  # of CUDA 12's packages, and of 13's
+        if pathlib.Path(folder, name_of_cuda, "bin", "ptxas").is_file():
+          options["xla_gpu_cuda_data_dir"] = str(pathlib.Path(folder, name_of_cuda))
   return Target(name, "gpu", topology.devices, chip, options)
 
 

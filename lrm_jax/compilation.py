@@ -1,8 +1,10 @@
-"""Compiled programs: kept on disk from one process to the next, and counted."""
+"""Compiled programs: how they are compiled, kept on disk, and counted."""
 
 from collections import Counter
 import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -15,9 +17,44 @@ import jax
 OFF = "LRM_JAX_COMPILE_CACHE"  # environment variable; "off" keeps nothing
 MIN_SECONDS = 1.0  # programs that compile faster are not kept
 
+# Of XLA on a GPU (docs/PERFORMANCE.md). Triton's products are tuned for minutes per
+# program. Products that share an input are merged by concatenating their weights in
+# every step, 3 GB of them.
+GPU_FLAGS = {
+  "--xla_gpu_enable_triton_gemm": "false",
+  "--xla_gpu_dot_merger_threshold_mb": "0",
+}
+FLAGS_KNOWN_TO = ("0.10.", "0.11.")  # jaxlib; XLA stops at a flag it does not know
+
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 # Programs of this process since somebody counts, by name.
 _compiled: Counter[str] = Counter()
+
+
+def configure() -> pathlib.Path | None:
+  """XLA's flags for a GPU, and the cache. For commands, before jax has a device.
+
+  Returns: see `use_cache`.
+  """
+  plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+  if importlib.util.find_spec("jax_plugins") and any(
+    importlib.util.find_spec(name) for name in plugins
+  ):
+    given = os.environ.get("XLA_FLAGS", "")
+    flags = with_gpu_flags(given, importlib.metadata.version("jaxlib"))
+    os.environ["XLA_FLAGS"] = flags
+  return use_cache()
+
+
+def with_gpu_flags(given: str, version: str) -> str:
+  """GPU_FLAGS beside those of the user, who may have set the same; of jaxlib `version`.
+
+  Of a jaxlib that was not tried, those of the user alone.
+  """
+  if not version.startswith(FLAGS_KNOWN_TO):
+    return given
+  missing = [f"{k}={v}" for k, v in GPU_FLAGS.items() if k not in given]
+  return " ".join([given, *missing]).strip()
 
 
 def use_cache() -> pathlib.Path | None:

@@ -642,7 +642,7 @@ def make(
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 for input that cannot be used."""
   args = _parser().parse_args(argv)
-  compilation.use_cache()
+  compilation.configure()
   with warnings.catch_warnings():
     # Prompts that are cut: each of them, on one line.
     warnings.filterwarnings("always", category=UserWarning, module="lrm_jax")

@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
   """Returns the exit code: 0, or 2 for input that cannot be used."""
   args = _parser().parse_args(argv)
-  compilation.use_cache()
+  compilation.configure()
   try:
     print(run(args))
   except (ValueError, OSError) as e:

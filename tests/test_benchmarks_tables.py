@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 import attention_kernels
 import compile_time
 import grpo
+import kernel_times
 import model_sizes
 import precision
 import protocol
@@ -119,10 +120,11 @@ def test_sides_that_disagree_are_named():
 
 
 def test_an_error_in_bfloat16_beyond_pytorchs_is_named():
-  row = {"case": "c", "jax": {"error": {"score": 2e-3}}, "torch-eager": {}}
+  row = {"case": "c", "jax": {"error": {"score": 2e-3}}, "exact_rows": 8}
   row["torch-eager"] = {"difference": {"score": 1.0}, "error": {"score": 1e-3}}
   bad = protocol.problems({"rows": [row]}, ["torch-eager"], "bfloat16")
   assert bad == ["c: score is 2.0e-03 from float32's, PyTorch's 1.0e-03"]
+  assert not protocol.problems({"rows": [row | {"exact_rows": 1}]}, ["torch-eager"], "")
   row["jax"]["error"]["score"] = 1.4e-3
   assert not protocol.problems({"rows": [row]}, ["torch-eager"], "bfloat16")
 
@@ -285,3 +287,30 @@ def test_a_table_of_a_gpu_has_times_and_bytes():
   assert "jax, ms | torch-eager, ms | jax, program GiB | torch-eager, peak GiB" in head
   assert "| 0.50 (0.40 to 0.60) |" in line and "| 2.50 | 2.50 | 1.00 | 3.00 |" in line
   assert head.count("|") == line.count("|")
+
+
+def test_kernel_times_of_a_known_profile():
+  """Two calls on a GPU's stream, and what is not a kernel."""
+  space = jax.profiler.ProfileData.text_proto_to_serialized_xspace(
+    """
+    planes { name: "/device:GPU:0"
+      event_metadata { key: 1 value { id: 1 name: "nvjet_hsh_128" } }
+      event_metadata { key: 2 value { id: 2 name: "cudnn_fmha_fwd" } }
+      event_metadata { key: 3 value { id: 3 name: "loop_add_fusion" } }
+      lines { name: "Stream #7(Compute)"
+        events { metadata_id: 1 duration_ps: 4000000000 }
+        events { metadata_id: 2 duration_ps: 2000000000 }
+        events { metadata_id: 3 duration_ps: 1000000000 }
+        events { metadata_id: 1 duration_ps: 4000000000 } }
+      lines { name: "XLA Ops" events { metadata_id: 1 duration_ps: 9000000000 } } }
+    planes { name: "/host:CPU"
+      event_metadata { key: 1 value { id: 1 name: "gemm" } }
+      lines { name: "Stream" events { metadata_id: 1 duration_ps: 9000000000 } } }
+    """
+  )
+  data = jax.profiler.ProfileData.from_serialized_xspace(space)
+  found = kernel_times.summarise(kernel_times.events_of(data), calls=2, wall=6e-3)
+  assert found["kinds_ms"] == pytest.approx(
+    {"products": 4, "attention": 1, kernel_times.OTHER: 0.5, "nothing runs": 0.5}
+  )
+  assert "| products | 4.00 |" in kernel_times.table({"jax": found})

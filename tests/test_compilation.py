@@ -1,5 +1,6 @@
 """Where compiled programs are kept, and how they are counted."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -99,3 +100,26 @@ def test_compiling_ahead_of_a_call_saves_it():
   with compilation.CompileCount() as compiled:
     ahead(x)
   assert compiled.count == 0
+
+
+def test_flags_of_a_gpu_leave_the_users_alone():
+  both = "--xla_gpu_enable_triton_gemm=false --xla_gpu_dot_merger_threshold_mb=0"
+  assert compilation.with_gpu_flags("", "0.11.2") == both
+  user = "--xla_gpu_enable_triton_gemm=true --xla_dump_to=x"
+  assert compilation.with_gpu_flags(user, "0.10.2") == (
+    f"{user} --xla_gpu_dot_merger_threshold_mb=0"
+  )
+  # XLA would stop at a flag that a later one no longer knows.
+  assert compilation.with_gpu_flags(user, "0.12.0") == user
+
+
+def test_xla_knows_the_flags_of_a_gpu():
+  """The installed one, on a CPU as well: a flag it does not know ends the process."""
+  version = importlib.metadata.version("jaxlib")
+  done = subprocess.run(
+    [sys.executable, "-c", "import jax; jax.devices(); print('started')"],
+    env=os.environ | {"XLA_FLAGS": compilation.with_gpu_flags("", version)},
+    capture_output=True,
+    text=True,
+  )
+  assert "started" in done.stdout, done.stderr

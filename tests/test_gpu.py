@@ -4,7 +4,6 @@ Elsewhere all of this skips: JAX_PLATFORMS=cuda python -m pytest tests/test_gpu.
 """
 
 import functools
-import importlib.util
 
 from flax import nnx
 import jax
@@ -21,8 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 KERNELS = ["cudnn"]
-if importlib.util.find_spec("tokamax") is not None:
-  KERNELS.append("tokamax")
 
 
 def plain(q, k, v, g):

@@ -77,3 +77,14 @@ def test_pin_batch_without_a_mesh_or_on_one_device():
   assert layers.pin_batch(x) is x
   with jax.set_mesh(sharding.make_mesh(1, jax.devices()[:1])):
     assert layers.pin_batch(x) is x
+
+
+@pytest.mark.parametrize("act", [layers.gelu_tanh, layers.gelu_exact])
+def test_backward_of_an_mlp_keeps_two_hidden_arrays(act):
+  """The activation's input, and its output for `down`'s kernel: nothing between."""
+  mlp = layers.Mlp(3, 7, 3, act=act, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(mlp)
+  run = lambda params, x: nnx.merge(graphdef, params)(x)  # noqa: E731
+  _, vjp = jax.vjp(run, params, jnp.ones((5, 3)))
+  kept = [a for a in jax.tree.leaves(vjp) if getattr(a, "shape", None) == (5, 7)]
+  assert len(kept) == 2

@@ -72,6 +72,20 @@ def test_dense_with_adapter(groups):
   np.testing.assert_allclose(dense(x), want, atol=1e-5)
 
 
+def test_gradients_of_grouped_adapters_are_those_of_apart_ones():
+  """The written backward pass, for any number of leading axes."""
+  rng = np.random.default_rng(2)
+  for lead in [(5,), (2, 5)]:
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))  # noqa: E731
+    z, b = draw(*lead, 3, 2), draw(2, 3, 4)
+    g = [draw(*lead, 4) for _ in range(3)]
+    y, vjp = jax.vjp(layers._grouped_products, z, b)
+    plain = lambda z, b: [z[..., i, :] @ b[:, i] for i in range(3)]  # noqa: E731
+    want, plain_vjp = jax.vjp(plain, z, b)
+    for got, expected in zip((*y, *vjp(g)), (*want, *plain_vjp(g)), strict=True):
+      np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_groups_must_divide():
   with pytest.raises(ValueError, match="d_out=8 is not a multiple of groups=3"):
     layers.Dense(4, 8, groups=3, rngs=nnx.Rngs(0))

@@ -1372,7 +1372,7 @@ def main(argv: list[str]) -> None:
         rows = [report.to_dict() for report in reports]
         pathlib.Path(values.aot_out).write_text(json.dumps(rows, indent=2) + "\n")
       raise SystemExit(0 if all(report.fits for report in reports) else 4)
-    compilation.use_cache()
+    compilation.configure()
     processes.initialize(values.coordinator, values.num_processes, values.process_id)
     train(values.config)
   except (ValueError, OSError, FloatingPointError, aot.NotInstalledError) as e:

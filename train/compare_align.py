@@ -281,7 +281,7 @@ def main(argv: list[str]) -> None:
         "compare.runs"
       )
     file = config_flags.get_config_filename(flag)
-    compilation.use_cache()  # once for all seeds
+    compilation.configure()  # once for all seeds
     run(runpy.run_path(file)["get_config"], flags.FLAGS.config.compare)
   except (ValueError, OSError, FloatingPointError) as e:
     raise SystemExit(f"error: {e}") from e

@@ -370,7 +370,7 @@ def _versions() -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
   args = _parser().parse_args(argv)
-  compilation.use_cache()
+  compilation.configure()
   try:
     _check_numbers(args)
     how = evaluation.Analysis(

@@ -271,7 +271,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-  compilation.use_cache()
+  compilation.configure()
   try:
     train(_CONFIG.value)
   except (ValueError, OSError, FloatingPointError) as e:

@@ -801,7 +801,7 @@ def main(argv: list[str]) -> None:
           json.dumps(report.to_dict(), indent=2) + "\n"
         )
       raise SystemExit(0 if report.fits else 4)
-    compilation.use_cache()
+    compilation.configure()
     processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     train(_CONFIG.value)
   except (ValueError, OSError, FloatingPointError, aot.NotInstalledError) as e:

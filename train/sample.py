@@ -565,7 +565,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
   recipe = config_flags.get_config_filename(flags.FLAGS["config"])
-  compilation.use_cache()
+  compilation.configure()
   try:
     run(flags.FLAGS.config, recipe)
   except (ValueError, OSError, FloatingPointError) as e:

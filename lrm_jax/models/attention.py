@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from lrm_jax import sharding
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tokamax", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 # cuDNN's backward pass refuses odd sequence lengths (and SD3's 77 + T5 + image is
 # always odd); 16 is also what its tiles like.
@@ -84,8 +84,6 @@ def attention(
     return checkpoint_name(out, NAME)
   if implementation == "splash":
     return _splash(q, k, v)
-  if implementation == "tokamax":
-    return _tokamax(q, k, v)
 
   length = q.shape[1]
   pad = -length % CUDNN_MULTIPLE
@@ -104,29 +102,6 @@ def attention(
     implementation="cudnn",
   )
   return out[:, :length]
-
-
-def _tokamax(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Tokamax's kernels for GPUs (Hopper's in Mosaic, else Triton's), never XLA's.
-
-  Any length; what its backward pass needs has no name, so `save_attention` runs it
-  forward again.
-  """
-  try:
-    import tokamax  # an optional extra, and slow to import
-  except ImportError as e:
-    raise ImportError(
-      "attention implementation 'tokamax' needs the package: pip install "
-      "'lrm_jax[tokamax]', or use 'cudnn'"
-    ) from e
-  try:
-    out = tokamax.dot_product_attention(q, k, v, implementation=("mosaic", "triton"))
-  except ExceptionGroup as e:
-    raise NotImplementedError(
-      f"tokamax has no attention kernel for {q.dtype} {q.shape} on this device "
-      f"({'; '.join(map(str, e.exceptions))}): use another attention_impl"
-    ) from e
-  return checkpoint_name(out, NAME)
 
 
 def splash_tile(length: int) -> int:

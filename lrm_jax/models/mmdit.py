@@ -283,21 +283,26 @@ class JointAttention(nnx.Module):
     self.head_dim = config.head_dim
     self.attention_impl = attention_impl
 
-  def _split(self, qkv, q_norm, k_norm):
-    b, n, _ = qkv.shape
-    qkv = qkv.reshape(b, n, 3, -1, self.head_dim)
-    return q_norm(qkv[:, :, 0]), k_norm(qkv[:, :, 1]), qkv[:, :, 2]
+  def _heads(self, qkv, q_norm, k_norm):
+    q, k, v = (a.reshape(*a.shape[:2], -1, self.head_dim) for a in qkv)
+    q, k = q_norm(q), k_norm(k)
+    if attention.resolve(self.attention_impl, q.dtype) == "cudnn":
+      # Or XLA:GPU writes them in float32, for the norm's scale to join the padding.
+      q, k = jax.lax.optimization_barrier((q, k))
+    return q, k, v
 
   def _attend(self, q, k, v):
     y = attention.attention(q, k, v, self.attention_impl)
     return y.reshape(*y.shape[:2], -1)
 
   def image_only(self, x: jax.Array) -> jax.Array:
-    return self.out(self._attend(*self._split(self.qkv(x), self.q_norm, self.k_norm)))
+    qkv = self._heads(self.qkv.projections(x), self.q_norm, self.k_norm)
+    return self.out(self._attend(*qkv))
 
   def joint(self, x: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    image = self._split(self.qkv(x), self.q_norm, self.k_norm)
-    text = self._split(self.context_qkv(c), self.context_q_norm, self.context_k_norm)
+    image = self._heads(self.qkv.projections(x), self.q_norm, self.k_norm)
+    text = self.context_qkv.projections(c)
+    text = self._heads(text, self.context_q_norm, self.context_k_norm)
     # Text first: order is free (no positions, no mask), and a padded suffix then
     # serves every image size.
     qkv = (jnp.concatenate(tx, axis=1) for tx in zip(text, image, strict=True))

@@ -6,14 +6,19 @@
 Writes the random checkpoint (bfloat16, sharded safetensors with an index) if it is not
 there and converts it in a child process. Then the same small latent goes through
 diffusers and through the converted folder, each in its own process and in float32
-arithmetic on the same bfloat16 weights. Needs the convert extra, and about 10 GB of
-memory and of disk for SD3.5-Medium.
+arithmetic on the same bfloat16 weights. Needs the convert extra, about 20 GB of memory
+and 15 of disk for SD3.5-Medium.
+
+Speed: converting takes turns with what diffusers does to a folder, reading it and
+writing it again (`from_pretrained`, `save_pretrained`); loading what was converted, in
+bfloat16, with `from_pretrained` of the source. All files are in the page cache.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -145,6 +150,44 @@ def run_jax(folder: pathlib.Path, config, out: pathlib.Path) -> None:
   np.save(out, velocity)
 
 
+def resave(folder: pathlib.Path, out: pathlib.Path) -> None:
+  """What diffusers does to a folder that is stored anew."""
+  import diffusers
+  import torch
+
+  model = diffusers.SD3Transformer2DModel.from_pretrained(
+    folder / "transformer", torch_dtype=torch.bfloat16
+  )
+  model.save_pretrained(out)
+
+
+def load_torch(folder: pathlib.Path) -> float:
+  """Seconds until all weights are in memory."""
+  import diffusers
+  import torch
+
+  start = time.monotonic()
+  model = diffusers.SD3Transformer2DModel.from_pretrained(
+    folder / "transformer", torch_dtype=torch.bfloat16
+  )
+  sum(float(p.view(-1)[::512].float().sum()) for p in model.parameters())  # all pages
+  return time.monotonic() - start
+
+
+def load_jax(folder: pathlib.Path) -> float:
+  """The same for a converted folder."""
+  import jax
+  import jax.numpy as jnp
+
+  from lrm_jax import build
+
+  jax.devices()
+  start = time.monotonic()
+  model = build.load_transformer(folder, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  jax.block_until_ready(build.to_device(model.params))
+  return time.monotonic() - start
+
+
 def child(*args: str) -> tuple[float, float]:
   """Runs a command; (seconds, peak resident GB, mapped checkpoint pages included)."""
   start = time.monotonic()
@@ -160,10 +203,21 @@ def main() -> None:
   parser.add_argument("--work", type=pathlib.Path, required=True, help="scratch folder")
   parser.add_argument("--model", choices=list(presets()), default="sd35_medium")
   parser.add_argument("--out", type=pathlib.Path, help="JSON file for the results")
-  parser.add_argument("--step", choices=["torch", "jax"], help=argparse.SUPPRESS)
+  parser.add_argument("--rounds", type=int, default=3, help="of what is timed")
+  steps = ("torch", "jax", "resave", "load_torch", "load_jax")
+  parser.add_argument("--step", choices=steps, help=argparse.SUPPRESS)
   args = parser.parse_args()
   config = presets()[args.model]
   source, converted = args.work / args.model, args.work / f"{args.model}_jax"
+  if args.step == "resave":
+    resave(source, args.work / "resaved")
+    return
+  if args.step in ("load_torch", "load_jax"):
+    load, folder = (
+      (load_torch, source) if args.step == "load_torch" else (load_jax, converted)
+    )
+    (args.work / f"{args.step}.txt").write_text(str(load(folder)))
+    return
   if args.step is not None:
     run = {"torch": run_torch, "jax": run_jax}[args.step]
     run(
@@ -178,11 +232,29 @@ def main() -> None:
     write_checkpoint(source, config)
   nbytes = sum(f.stat().st_size for f in source.rglob("*.safetensors"))
   result = {"model": args.model, "checkpoint_gb": nbytes / 1e9}
-  result["convert_s"], result["convert_peak_gb"] = child(
+  convert = (
     str(CONVERT), "--sd35", str(source), "--only", "transformer", "--force",
     "--out", str(converted),
   )  # fmt: skip
   same = ("--work", str(args.work), "--model", args.model)
+  rounds = []
+  for _ in range(args.rounds):
+    one = {}
+    one["convert_s"], result["convert_peak_gb"] = child(*convert)
+    one["resave_s"], result["resave_peak_gb"] = child(
+      __file__, *same, "--step", "resave"
+    )
+    for step in ("load_jax", "load_torch"):
+      _, result[f"{step}_peak_gb"] = child(__file__, *same, "--step", step)
+      one[f"{step}_s"] = float((args.work / f"{step}.txt").read_text())
+    rounds.append(one)
+    print(json.dumps(one), flush=True)
+  result["rounds"] = rounds
+  for name, (a, b) in {
+    "convert_to_resave": ("convert_s", "resave_s"),
+    "load_to_torch": ("load_jax_s", "load_torch_s"),
+  }.items():
+    result[name] = statistics.median(one[a] / one[b] for one in rounds)
   result["torch_s"], result["torch_peak_gb"] = child(__file__, *same, "--step", "torch")
   result["jax_s"], result["jax_peak_gb"] = child(__file__, *same, "--step", "jax")
   expected = np.load(args.work / "torch.npy").astype(np.float64)

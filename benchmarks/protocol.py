@@ -201,8 +201,10 @@ class JaxSide:
         made = self.make(case)
         jobs.append(pool.submit(one, case, made.function.lower(*made.args)))
         del made  # its arrays: `prepare` makes them when their turn has come
-      for job in jobs:
-        job.result()
+      errors = [job.exception() for job in jobs]
+    # Of several, `prepare` compiles those that are missing once more, each alone.
+    if len(cases) == 1 and errors[0] is not None:
+      raise errors[0]
 
   def prepare(self, case: Any) -> dict[str, Any]:
     """Outputs of the first call; seconds of compiling, and bytes."""

@@ -155,8 +155,21 @@ class OutOfMemory(protocol.TorchSide):
 
 
 class Ones(protocol.JaxSide):
+  """May not compile a case."""
+
+  fails_at: str | None = None
+
   def make(self, case):
-    return protocol.Program(jax.jit(lambda: jnp.ones(2)), ())
+    function = jax.jit(lambda: jnp.ones(2))
+    return protocol.Program(Refused() if case.name == self.fails_at else function, ())
+
+
+class Refused:
+  def lower(self):
+    return self
+
+  def compile(self):
+    raise RuntimeError("the compiler gave up")
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -234,6 +247,25 @@ def test_text_and_pixels():
   assert counted["decode-512-1"] == pytest.approx(2.515e12, rel=1e-3)
   assert counted["t5-256-8"] == pytest.approx(8 * 2.397e12, rel=1e-3)
   assert counted["clip_g-77-1"] == pytest.approx(97.9e9, rel=1e-3)
+
+
+def test_a_case_of_ours_that_does_not_compile_is_reported():
+  ours = Ones(None)
+  ours.fails_at = "large"
+  report = protocol.measure(
+    [Fake("large"), Fake("small")],
+    ours,
+    {"torch-eager": OutOfMemory(None, "eager")},
+    lambda case: 1e9,
+    rounds=1,
+    calls=1,
+  )
+  assert protocol.problems(report, ["torch-eager"], "float32") == [
+    "large: jax failed: the compiler gave up",
+    "large: torch-eager failed: out of memory",
+  ]
+  assert len(report["rows"][1]["jax"]["seconds"]) == 1
+  assert "| large |" in protocol.table(report, ["torch-eager"])
 
 
 def test_precision_of_known_errors():

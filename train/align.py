@@ -425,11 +425,20 @@ def create_state(
 # --- prompts and pixels ------------------------------------------------------------
 
 
+def prompt_sharding(num: int, mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Each device keeps the prompts of its samples; all of them where `num` is uneven.
+
+  Embeddings are 1.7 MB per prompt, and a pod has thousands of prompts in a step.
+  """
+  split = num % mesh.size == 0
+  return sharding.batch_sharding(mesh) if split else sharding.replicated(mesh)
+
+
 class Text:
-  """Embeddings of prompts: from a cache, or of the text encoders; on every device."""
+  """Embeddings of prompts: from a cache, or of the text encoders; on the devices."""
 
   def __init__(self, config: ConfigDict, context_dim: int, mesh: jax.sharding.Mesh):
-    self._place = sharding.replicated(mesh)
+    self._mesh = mesh
     self._encoder = self._look_up = None
     c = config.prompts
     if c.cache:
@@ -452,7 +461,7 @@ class Text:
         t5_length=c.t5_length,
         context_dim=context_dim,
         dtype=config.model.dtype,
-        sharding=self._place,
+        sharding=sharding.replicated(mesh),
       )
 
   def require(self, prompts: Sequence[str]) -> None:
@@ -461,14 +470,15 @@ class Text:
       self._cache.require(prompts)
 
   def __call__(self, prompts: Sequence[str]) -> features.Cond:
-    """context (p l d), pooled (p e)."""
+    """context (p l d), pooled (p e); placed by `prompt_sharding`."""
+    place = prompt_sharding(len(prompts), self._mesh)
     if self._encoder is not None:
       ids = self._encoder.tokenize(prompts)
-      ids = {name: sharding.put(a, self._place) for name, a in ids.items()}
-      return self._encoder(ids)
+      ids = {name: sharding.put(a, place) for name, a in ids.items()}
+      return jax.device_put(self._encoder(ids), place)
     found = self._look_up(list(prompts))
     return features.Cond(
-      *(sharding.put(found[name], self._place) for name in ("context", "pooled"))
+      *(sharding.put(found[name], place) for name in ("context", "pooled"))
     )
 
 
@@ -1217,7 +1227,8 @@ def abstract_run(
   places = sharding.shardings(model.params, mesh, tuple(config.sharding))
   params = placed(model.params, places)
   state = placed(programs.state, everywhere)
-  prompts = alignment.Prompts(cond(config.train.prompts), cond(1))
+  num = config.train.prompts
+  prompts = alignment.Prompts(cond(num, prompt_sharding(num, mesh)), cond(1))
   schedule, steps = programs.steps.draw(0, config.seed)
   schedule = placed(schedule, everywhere)
   key = placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)

@@ -17,7 +17,15 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from lrm_jax import alignment, compilation, denoiser, run_log, scorer, weights
+from lrm_jax import (
+  alignment,
+  compilation,
+  denoiser,
+  run_log,
+  scorer,
+  sharding,
+  weights,
+)
 from lrm_jax import folder as folder_lib
 from tests import aligning, helpers, runs
 from tests.generating import Folders
@@ -670,3 +678,12 @@ def test_methods_that_cannot_learn_from_pixels(recipe, message, make, monkeypatc
   config.pixel_rewards = dict(seen=pixel(brightness, 1.0))
   with pytest.raises(ValueError, match=message):
     align.train(config, ONE)
+
+
+@pytest.mark.parametrize("num, split", [(16, True), (8, True), (6, False), (1, False)])
+def test_prompts_are_where_their_samples_are(num, split):
+  mesh = sharding.make_mesh(1)
+  assert mesh.size == 8
+  place = align.prompt_sharding(num, mesh)
+  assert place.is_fully_replicated != split
+  assert place.shard_shape((num, 5))[0] == (num // 8 if split else num)

@@ -131,7 +131,10 @@ class Ours(protocol.JaxSide):
 
 
 class Theirs(protocol.TorchSide):
-  """The published modules; eager, they also say what float32 would give."""
+  """The published modules; eager, they also say what float32 would give.
+
+  For that they keep the model in float32 as well, which is in their peak of memory.
+  """
 
   def __init__(self, sizes: model_sizes.Sizes, how: str):
     super().__init__(sizes, how)

@@ -69,7 +69,8 @@ quickstart-align: setup
 
 # Every test, the slow ones included. Those that need torch skip without it.
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  $(PYTEST_ARGS)
 
 test-torch: setup-convert test
 

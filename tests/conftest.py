@@ -44,6 +44,26 @@ missing = [f"{k}={v}" for k, v in XLA_FLAGS.items() if k not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
 
+# By time taken. With one of these last, the other processes would wait for it.
+LONGEST = (
+  "survival",
+  "align_train",
+  "train",
+  "alignment",
+  "pipeline_generate",
+  "align_aot",
+  "benchmarks_tables",
+  "pipeline",
+  "denoiser",
+)
+
+
+def pytest_collection_modifyitems(items):
+  """The longest files first."""
+  rank = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_collection_finish(session):
   """Less time for bookkeeping, which changes no number."""
   from flax import nnx

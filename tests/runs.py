@@ -1,6 +1,6 @@
 """Tiny training runs: their data, their configs, and their processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import importlib
 import json
 import os
@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lrm_jax import build, folder, weights
+from lrm_jax import build, folder, run_log, weights
 from lrm_jax.data import parquet, prompt_cache
 from lrm_jax.models import mmdit
 from tests import golden_models
@@ -116,6 +116,28 @@ def tiny(
   c.eval.batch_size = 8
   c.eval.every = 4
   return c
+
+
+# --- in this process ---------------------------------------------------------------
+
+
+def once(function: Callable, key: Callable) -> Callable:
+  """`function`, called once for all arguments of which `key` makes the same."""
+  made: dict = {}
+
+  def call(*args, **kw):
+    k = key(*args, **kw)
+    if k not in made:
+      made[k] = function(*args, **kw)
+    return made[k]
+
+  return call
+
+
+def settings_but(config: ConfigDict, pattern: str) -> str:
+  """A config without the settings whose dotted names match; to be compared."""
+  flat = run_log._dotted(config.to_dict())
+  return json.dumps({k: v for k, v in flat.items() if not re.fullmatch(pattern, k)})
 
 
 # --- as a process of its own -------------------------------------------------------

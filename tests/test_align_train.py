@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import random
-import re
 import signal
 import time
 
@@ -54,25 +53,14 @@ def cache(folders):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
   """Runs of like programs share them; and the generator, as it is read."""
-  made: dict = {}
-
-  def once(function: Callable, key: Callable) -> Callable:
-    def call(*args, **kw):
-      k = (function, key(*args, **kw))
-      if k not in made:
-        made[k] = function(*args, **kw)
-      return made[k]
-
-    return call
 
   def relevant(config, mesh, *_):
-    flat = run_log._dotted(config.to_dict())
-    flat = {k: v for k, v in flat.items() if not re.fullmatch(NOT_COMPILED, k)}
     # A reward of pixels without a weight is in no program.
-    flat = {k: v for k, v in flat.items() if v or not k.startswith("pixel_rewards.")}
-    return json.dumps(flat), mesh
+    idle = [n for n, term in config.pixel_rewards.items() if not term.weight]
+    pattern = "|".join([NOT_COMPILED, *(rf"pixel_rewards\.{n}\..*" for n in idle)])
+    return runs.settings_but(config, pattern), mesh
 
-  programs = once(align.make_programs, relevant)
+  programs = runs.once(align.make_programs, relevant)
 
   def make_programs(config, *rest):
     steps = align.Steps.of(config)
@@ -81,12 +69,14 @@ def compiled_once():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(align, "make_programs", make_programs)
     patch.setattr(
-      align, "make_decoder", once(align.make_decoder, lambda c, mesh: (c.decoder, mesh))
+      align,
+      "make_decoder",
+      runs.once(align.make_decoder, lambda c, mesh: (c.decoder, mesh)),
     )
     patch.setattr(
       align.denoiser,
       "load",
-      once(denoiser.load, lambda *args, **kw: repr((args, kw))),
+      runs.once(denoiser.load, lambda *args, **kw: repr((args, kw))),
     )
     yield
 
@@ -427,14 +417,14 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(make):
   """SIGKILL at random, in a process of its own."""
   configs = [make("refl", name) for name in ("whole", "killed")]
   for config in configs:
-    config.train.update(num_iterations=60, checkpoint_every=7)
+    config.train.update(num_iterations=40, checkpoint_every=7)
     config.eval.every = 20
   whole, killed = configs
   runs.finish(runs.start(whole, script="align"), whole)
   process = runs.start(killed, script="align")
   lines = pathlib.Path(killed.workdir, "metrics.jsonl")
   deadline = time.monotonic() + 300
-  at = random.Random(5).randrange(10, 40)
+  at = random.Random(5).randrange(10, 30)
   while process.poll() is None and time.monotonic() < deadline:
     if lines.exists() and lines.read_text().count("\n") >= at:
       process.kill()
@@ -442,7 +432,7 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(make):
     time.sleep(0.002)
   assert process.wait() == -signal.SIGKILL
   assert "continuing" in runs.finish(runs.start(killed, script="align"), killed)
-  assert_same_run(whole.workdir, killed.workdir, 60)
+  assert_same_run(whole.workdir, killed.workdir, 40)
 
 
 # --- scores that are not finite ----------------------------------------------------

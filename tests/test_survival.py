@@ -35,12 +35,12 @@ def long_run(data, workdir):
   c = runs.tiny("sd35m", *data, workdir)
   c.train.num_steps = STEPS
   c.train.log_every = 5
-  c.train.checkpoint_every = 10
+  c.train.checkpoint_every = 25
   c.train.ema_decay = 0.9
   c.train.accumulate = 2
   c.model.remat = "none"  # traces faster, and every process traces
   c.data.prompt_dropout = 0.2
-  c.eval.every = 100
+  c.eval.every = STEPS
   return c
 
 

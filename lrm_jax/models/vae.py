@@ -181,7 +181,7 @@ class Attention(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
-    q, k, v = jnp.split(self.qkv(self.norm(x)), 3, axis=-1)
+    q, k, v = self.qkv.projections(self.norm(x))
     k, v = k.reshape(b, h * w, 1, c), v.reshape(b, h * w, 1, c)
 
     # Some rows of queries at a time; along the rows and not the batch, so that a

@@ -20,8 +20,8 @@ The training step is compiled by the trainer (docs/aot.md); a table of its repor
   python train/reward.py --config configs/sd35m.py --aot v5e:4x4 --aot_out a.json
   python benchmarks/aot.py --table a.json b.json
 
-(train/align.py writes a list of two, one for each of its programs; a table takes both.)
-With --scaling instead, how the same work per chip does on more and more chips.
+(train/align.py does the same for its programs; a table takes both.) With --scaling
+instead, how the same work per chip does on more and more chips.
 
 Exit code 3: the compiler for that device is not installed.
 """
@@ -246,12 +246,12 @@ def main(argv: list[str] | None = None) -> int:
   args = parser.parse_args(argv)
 
   if args.table or args.scaling:
-    files = args.table or args.scaling
-    files = [json.loads(pathlib.Path(path).read_text()) for path in files]
-    steps = [found for found in files if not isinstance(found, list)]
-    programs = [
-      report for found in files if isinstance(found, list) for report in found
-    ]
+    found = []
+    for path in args.table or args.scaling:
+      reports = json.loads(pathlib.Path(path).read_text())
+      found += reports if isinstance(reports, list) else [reports]
+    programs = [r for r in found if "program" in r["settings"]]
+    steps = [r for r in found if "program" not in r["settings"]]
     if args.scaling:
       print(scaling_table([*steps, *programs]))
       return 0

@@ -35,8 +35,8 @@ LEVELS: tuple[tuple[str, tuple[int, int]], ...] = (
   (r"lrm_jax\.(scorer|policy)", (3, 2)),
   (r"lrm_jax\.(pipeline|alignment)", (3, 3)),
   (r"lrm_jax\.benchmark_scores", (3, 3)),
-  (r"lrm_jax\.(score|generate)", (4, 0)),
-  (r"(train|convert|configs|benchmarks)\.\w+", (4, 0)),
+  (r"lrm_jax\.(score|generate|trainers)", (4, 0)),
+  (r"(train|convert|configs|benchmarks)\.\w+", (4, 1)),
   (r"tests\.\w+", (5, 0)),
 )
 # Level 2 is a flat set of tools: they may use each other, but not in a circle.
@@ -217,7 +217,7 @@ BAD = {
   "lrm_jax/sample.py": ("from lrm_jax.align import grpo", "circular imports"),
   "lrm_jax/align/grpo.py": ("from lrm_jax import sample", "circular imports"),
   "train/grain.py": ("", "bears a package's name"),
-  "train/reward.py": ("import train.grain", "level (4, 0)"),
+  "train/reward.py": ("import train.grain", "level (4, 1)"),
   "tests/test_x.py": ("import torch\nimport pytest", "before pytest.importorskip"),
 }
 

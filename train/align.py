@@ -23,14 +23,12 @@ import importlib
 import json
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
-from absl import app, flags, logging
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 import numpy as np
 import optax
 from PIL import Image
@@ -40,7 +38,6 @@ from lrm_jax import (
   aot,
   build,
   checkpoint,
-  compilation,
   denoiser,
   encoders,
   flops,
@@ -55,6 +52,7 @@ from lrm_jax import (
   sharding,
   sheets,
   train_state,
+  trainers,
 )
 from lrm_jax import folder as folder_lib
 from lrm_jax.align import experience
@@ -959,27 +957,10 @@ def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> bo
   trainer = setup(config, devices)
   with (
     jax.set_mesh(trainer.programs.mesh),
-    checkpoint.Checkpoints(
-      workdir / "checkpoints",
-      keep=config.train.keep_checkpoints,
-      keep_best=config.train.keep_best,
-      best_metric=trainer.golden.metric,
+    trainers.checkpointed(
+      config, trainer.state, may_change=MAY_CHANGE, best_metric=trainer.golden.metric
     ) as checkpoints,
   ):
-    checkpoints.check_space(trainer.state)
-    if checkpoints.latest is not None:
-      run_log.check_same_run(workdir, config.to_dict(), MAY_CHANGE)
-    if processes.is_main():
-      run_log.write_run_info(
-        workdir,
-        config.to_dict(),
-        seed=config.seed,
-        extra={
-          "devices": [jax.device_count(), jax.devices()[0].device_kind],
-          "processes": jax.process_count(),
-          "command": sys.argv,
-        },
-      )
     with processes.StopSignal() as stop:
       step = run(trainer, checkpoints, workdir, stop)
     if step is None:
@@ -1364,48 +1345,5 @@ def advise(
   return tuple(advice)
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-  checkpoint.report_failures_once()
-  try:
-    values = flags.FLAGS
-    if values.aot is not None:
-      file = config_flags.get_config_filename(values["config"])
-      recipe = pathlib.Path(file).name.replace(".py", "")  # sd35m_flow_grpo:fast
-      target = aot.target(values.aot, values.aot_target_config)
-      reports = []
-      for name, report in aot_reports(values.config, target, recipe):
-        print(f"{name}: {aot.format(report)}", flush=True)
-        reports.append(report)
-      if values.aot_out is not None:
-        rows = [report.to_dict() for report in reports]
-        pathlib.Path(values.aot_out).write_text(json.dumps(rows, indent=2) + "\n")
-      raise SystemExit(0 if all(report.fits for report in reports) else 4)
-    compilation.configure()
-    processes.initialize(values.coordinator, values.num_processes, values.process_id)
-    train(values.config)
-  except (ValueError, OSError, FloatingPointError, aot.NotInstalledError) as e:
-    raise SystemExit(f"error: {e}") from e
-
-
 if __name__ == "__main__":
-  # Here, because tests import the other trainers, with these flags, as well.
-  config_flags.DEFINE_config_file("config", None, "a file of configs/")
-  flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, or 'auto' where the cluster knows"
-  )
-  flags.DEFINE_integer("num_processes", 1, "processes of this run")
-  flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
-  flags.DEFINE_string(
-    "aot",
-    None,
-    "compile an iteration for v5p:2x2x1, v5e:4x4, v6e:4x4, h200, ...; run nothing",
-  )
-  flags.DEFINE_string(
-    "aot_target_config", None, "a GPU's description: XLA's GpuTargetConfigProto as text"
-  )
-  flags.DEFINE_string("aot_out", None, "also write the reports to this JSON file")
-  flags.mark_flag_as_required("config")
-  app.run(main)
+  trainers.run(train, aot_reports)

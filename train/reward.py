@@ -18,21 +18,19 @@ saves one), metrics as JSONL and TensorBoard, `run.json` (config, versions, comm
 trained model as a model folder (`model`, and `best_model` where another step was best).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
-from absl import app, flags, logging
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 import numpy as np
 import optax
 
@@ -40,7 +38,6 @@ from lrm_jax import (
   aot,
   build,
   checkpoint,
-  compilation,
   encoders,
   flops,
   optim,
@@ -50,6 +47,7 @@ from lrm_jax import (
   run_log,
   sharding,
   train_state,
+  trainers,
   weights,
 )
 from lrm_jax import folder as folder_lib
@@ -59,24 +57,6 @@ from lrm_jax.data import plan as plan_lib
 from lrm_jax.data import prompt_cache
 from lrm_jax.data import source as source_lib
 from lrm_jax.models import attention, reward
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/")
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT of process 0, or 'auto' where the cluster knows"
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "processes of this run")
-_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "which of them this is, from 0")
-_AOT = flags.DEFINE_string(
-  "aot",
-  None,
-  "compile the step for v5p:4x4x8, v5e:4x4, v6e:4x4, h200, ...; run nothing",
-)
-_AOT_TARGET_CONFIG = flags.DEFINE_string(
-  "aot_target_config", None, "a GPU's description: XLA's GpuTargetConfigProto as text"
-)
-_AOT_OUT = flags.DEFINE_string(
-  "aot_out", None, "also write the report to this JSON file"
-)
 
 # Settings that may change between a run and its continuation.
 MAY_CHANGE = (
@@ -450,27 +430,10 @@ def train(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> bo
   trainer = setup(config, devices)
   with (
     jax.set_mesh(trainer.programs.mesh),
-    checkpoint.Checkpoints(
-      workdir / "checkpoints",
-      keep=config.train.keep_checkpoints,
-      keep_best=config.train.keep_best,
-      best_metric=BEST_METRIC,
+    trainers.checkpointed(
+      config, trainer.state, may_change=MAY_CHANGE, best_metric=BEST_METRIC
     ) as checkpoints,
   ):
-    checkpoints.check_space(trainer.state)
-    if checkpoints.latest is not None:
-      run_log.check_same_run(workdir, config.to_dict(), MAY_CHANGE)
-    if processes.is_main():
-      run_log.write_run_info(
-        workdir,
-        config.to_dict(),
-        seed=config.seed,
-        extra={
-          "devices": [jax.device_count(), jax.devices()[0].device_kind],
-          "processes": jax.process_count(),
-          "command": sys.argv,
-        },
-      )
     with processes.StopSignal() as stop:
       rows = run(trainer, source, held_out, checkpoints, workdir, stop)
     if rows is None:
@@ -727,14 +690,13 @@ def abstract_run(
   )
 
 
-def aot_report(
-  config: ConfigDict, name: str, target_config: str | None, recipe: str
-) -> aot.Report:
-  """How the training step of a config would fit the target `name` (see lrm_jax.aot).
+def aot_reports(
+  config: ConfigDict, target: aot.Target, recipe: str
+) -> Iterator[tuple[str, aot.Report]]:
+  """How the training step would fit a target (see lrm_jax.aot), with its name.
 
   With `aot.pairs_per_device` the batch grows with the number of devices.
   """
-  target = aot.target(name, target_config)
   config = config.copy_and_resolve_references()
   config.model.attention_impl = attention.resolve(
     config.model.attention_impl, build.dtype(config.model.dtype), target.kind
@@ -755,7 +717,7 @@ def aot_report(
   in_kernels = 0.0
   if target.kind == "tpu":
     in_kernels = flops.ATTENTION_PASSES[config.model.remat]
-  return aot.report(
+  report = aot.report(
     step,
     args,
     target,
@@ -783,31 +745,8 @@ def aot_report(
       "aot.text_tokens": config.aot.text_tokens,
     },
   )
-
-
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
-  logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
-  checkpoint.report_failures_once()
-  try:
-    if _AOT.value is not None:
-      file = config_flags.get_config_filename(flags.FLAGS["config"])
-      recipe = pathlib.Path(file).name.replace(".py", "")  # sd35m, sd35m:full
-      report = aot_report(_CONFIG.value, _AOT.value, _AOT_TARGET_CONFIG.value, recipe)
-      print(aot.format(report))
-      if _AOT_OUT.value is not None:
-        pathlib.Path(_AOT_OUT.value).write_text(
-          json.dumps(report.to_dict(), indent=2) + "\n"
-        )
-      raise SystemExit(0 if report.fits else 4)
-    compilation.configure()
-    processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    train(_CONFIG.value)
-  except (ValueError, OSError, FloatingPointError, aot.NotInstalledError) as e:
-    raise SystemExit(f"error: {e}") from e
+  yield "train_step", report
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  app.run(main)
+  trainers.run(train, aot_reports)

@@ -32,8 +32,6 @@ GIB = 2**30
 RESERVE = GIB // 2
 # XLA's GPU allocator takes a fraction of the memory at start; its default is 0.75.
 GPU_MEMORY_FRACTION = 0.92
-# A product over SD3.5's 64 channels per head fills half of a 128-wide systolic array.
-KERNEL_EFFICIENCY = 0.5
 
 
 class NotInstalledError(RuntimeError):
@@ -61,6 +59,8 @@ class Chip:
       None where we compile for one chip only.
     clock: Hz of the matrix units, to turn the compiler's cycles into seconds; the
       peak divided by 2 x (128 x 128 or 256 x 256) x their number. None: no cycles.
+    attention_share: of the peak, what splash attention reaches with SD3.5's 64 channels
+      per head, by the schedule of its compiled kernels (benchmarks/splash_tiles.py).
   """
 
   memory: int
@@ -68,13 +68,14 @@ class Chip:
   memory_rate: float
   link_rate: float | None = None
   clock: float | None = None
+  attention_share: float = 1.0
 
 
 # cloud.google.com/tpu/docs (v5e, v5p, v6e) for peaks, bandwidths and links.
 TPUS = {
-  "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 4 * 50e9, 1.5e9),
-  "v5p": Chip(int(95.74 * GIB), 459e12, 2765e9, 6 * 100e9, 1.75e9),
-  "v6e": Chip(int(31.25 * GIB), 918e12, 1640e9, 4 * 100e9, 1.75e9),
+  "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 4 * 50e9, 1.5e9, 0.30),
+  "v5p": Chip(int(95.74 * GIB), 459e12, 2765e9, 6 * 100e9, 1.75e9, 0.32),
+  "v6e": Chip(int(31.25 * GIB), 918e12, 1640e9, 4 * 100e9, 1.75e9, 0.13),
 }
 # NVIDIA's data sheet: 141 GB, 4.8 TB/s, 989 TFLOP/s dense bf16.
 GPUS = {"h200": Chip(int(141e9 * GPU_MEMORY_FRACTION), 989e12, 4.8e12)}
@@ -295,7 +296,8 @@ class Report:
     compiler_seconds: the compiler's estimated cycles by the chip's clock: compute and
       HBM traffic of one operation after another. Without collectives, which it does
       not cost, and without custom kernels. None on a GPU.
-    kernel_seconds: of the caller's `kernel_flops`, at KERNEL_EFFICIENCY of the peak.
+    kernel_seconds: of the caller's `kernel_flops`, at `kernel_share` of the peak.
+    kernel_share: the chip's `attention_share`.
     compute_bound, memory_bound, link_bound: model FLOPs / peak; arguments read and
       outputs written once / HBM rate; wire bytes / rate of all links together.
     lower_bound: the largest of the three.
@@ -312,6 +314,7 @@ class Report:
   program: hlo.Program | None
   compiler_seconds: float | None
   kernel_seconds: float
+  kernel_share: float
   compute_bound: float
   memory_bound: float
   link_bound: float
@@ -406,7 +409,8 @@ def report(
     model_flops=flops,
     program=program,
     compiler_seconds=seconds,
-    kernel_seconds=kernel_flops / num_chips / (KERNEL_EFFICIENCY * chip.peak_flops),
+    kernel_seconds=kernel_flops / num_chips / (chip.attention_share * chip.peak_flops),
+    kernel_share=chip.attention_share,
     compute_bound=compute,
     memory_bound=traffic,
     link_bound=link,
@@ -522,7 +526,7 @@ def format(report: Report) -> str:
     if report.kernel_seconds:
       text += (
         f" + {report.kernel_seconds:.3f} s for custom kernels at "
-        f"{KERNEL_EFFICIENCY:.0%} of the peak"
+        f"{report.kernel_share:.0%} of the peak"
       )
     lines.append(f"  estimate      {text}; collectives not included")
   lines.append(

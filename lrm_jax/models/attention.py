@@ -23,10 +23,14 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 # always odd); 16 is also what its tiles like.
 CUDNN_MULTIPLE = 16
 
-# Splash attention works in square tiles: rows are a multiple of the vector lanes. No
-# TPU was at hand to tune the largest size.
+# Splash attention works in square tiles: rows are a multiple of the vector lanes. The
+# larger the fewer cycles (benchmarks/splash_tiles.py); above this, some chips lack the
+# fast memory.
 LANES = 128
-SPLASH_TILE = 1024
+SPLASH_TILE = 1536
+# Tokens along the lanes: heads of 64 channels would leave half of them empty, in every
+# array between the products before and this kernel.
+SPLASH_LAYOUT = splash_attention_kernel.QKVLayout.SEQ_MINOR
 
 NAME = "attention"  # of its output, for rematerialisation
 
@@ -120,17 +124,29 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   batch = tuple(name for name in sharding.BATCH_AXES if name in mesh.auto_axes)
   heads = tuple(set(mesh.auto_axes) - set(batch))
   if mesh.size == 1 or not batch:
-    return _splash_local(q, k, v)
+    return local_splash(q, k, v)
   spec = P(batch, None, heads or None)
   # check_vma: the kernel does not say over which axes its outputs vary.
   return jax.shard_map(
-    _splash_local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+    local_splash, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
   )(q, k, v)
 
 
-def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def local_splash(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  tile: int | None = None,
+  layout: splash_attention_kernel.QKVLayout = SPLASH_LAYOUT,
+) -> jax.Array:
+  """Splash attention of `(b n h k)` inputs on one device.
+
+  Args:
+    tile: rows of a tile, a multiple of LANES; `splash_tile(n)` unless given.
+    layout: of q, k and v as the kernel reads them.
+  """
   _, n, heads, width = q.shape
-  tile = splash_tile(n)
+  tile = tile or splash_tile(n)
   padded = -(-n // tile) * tile
   # Within a tile, keys are taken in two halves: the logits of one fit beside the rest.
   half = tile // 2 if tile % (2 * LANES) == 0 else tile
@@ -147,6 +163,9 @@ def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
       block_kv_dkv_compute=half,
       block_q_dq=tile,
       block_kv_dq=tile,
+      q_layout=layout,
+      k_layout=layout,
+      v_layout=layout,
     ),
     head_shards=1,
     q_seq_shards=1,

@@ -3,16 +3,16 @@
 A TPU core runs the schedule that the compiler made: one bundle of instructions per
 cycle. libtpu writes a kernel's final bundles to a file when it is told to, and a tile's
 cycles are their number. Cycles of one head are those of its tiles; what only a head's
-first or last tile does, and what the kernel does once, is counted for every tile. Waiting
-for memory is not in a schedule.
+first or last tile does, and what the kernel does once, is counted for every tile.
+Waiting for memory is not in a schedule.
 
   forward   softmax(q k^T / sqrt(64)) v, without what a backward pass needs
   gradient  that with it, and the two backward kernels (of q; of k and v)
 
 Lengths are those of SD3.5 at 512 px (the image alone, and with 205, 333 and 589 text
-tokens) and at 1024 px with 333. "Of the peak" counts 4 n^2 64 FLOP forward and 2.5 times
-that backward (which computes the logits once more), padding not included, on all cores
-of a chip.
+tokens) and at 1024 px with 333. "Of the peak" counts 4 n^2 64 FLOP forward and 2.5
+times that backward (which computes the logits once more), padding not included, on all
+cores of a chip.
 
   pip install "libtpu==0.0.42.*"
   python benchmarks/splash_tiles.py --device v5e:2x2 v5p:2x2x1 v6e:2x2
@@ -33,8 +33,8 @@ import tempfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+import jax.numpy as jnp
 
 from lrm_jax import aot
 from lrm_jax.models import attention
@@ -45,13 +45,13 @@ HEADS = 2  # of the compiled program; the schedule is that of one
 # Heads are independent: a chip of two cores takes two at a time.
 CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
 
-# tokens -> tiles: what splash_tile would choose with at most 512, 1024, 1536, 2048 rows.
+# tokens -> tiles: what splash_tile would choose if larger or smaller ones were allowed.
 TILES = {
   1024: (512, 1024),
   1229: (512, 640, 1280),
   1357: (512, 768, 1408),
   1613: (512, 896, 1664),
-  4429: (512, 896, 1536, 1536 + 128),
+  4429: (512, 896, 1536),
 }
 
 

@@ -68,33 +68,28 @@ def interrupt(process: subprocess.Popen, config, at_step: int, number: int) -> b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  ("number", "times"), [(signal.SIGKILL, 4), (signal.SIGTERM, 2)]
-)
 def test_a_run_interrupted_at_random_ends_as_if_it_had_not_been(
-  number, times, data, uninterrupted, tmp_path
+  data, uninterrupted, tmp_path
 ):
   config = long_run(data, tmp_path / "run")
-  rng = random.Random(int(number))
-  interrupted = 0
-  for stop_at in (*sorted(rng.sample(range(STEPS - 10), times)), None):
+  rng = random.Random(9)
+  numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL]
+  stops = sorted(rng.sample(range(STEPS - 10), len(numbers)))
+  for number, stop_at in zip(numbers, stops, strict=True):
     process = runs.start(config)
-    if stop_at is None:
-      runs.finish(process, config)
-      break
-    if interrupt(process, config, stop_at, number):
-      time.sleep(0 if number == signal.SIGTERM else rng.uniform(0, 0.1))
-      code = process.wait(timeout=PATIENCE)
+    assert interrupt(process, config, stop_at, number)
+    time.sleep(0 if number == signal.SIGTERM else rng.uniform(0, 0.1))
+    code = process.wait(timeout=PATIENCE)
+    if number == signal.SIGTERM:
       output = runs.log_file(config).read_text()
-      if number == signal.SIGTERM:
-        assert code == 0, output[-3000:]
-        assert "the same command continues" in output.splitlines()[-1]
-      interrupted += 1
-  assert interrupted == times
+      assert code == 0, output[-3000:]
+      assert "the same command continues" in output.splitlines()[-1]
+    else:
+      assert code == -signal.SIGKILL
+  log = runs.finish(runs.start(config), config)
   runs.assert_same_run(uninterrupted.workdir, config.workdir, STEPS)
-  log = runs.log_file(config).read_text()
   # The first signal may come before a checkpoint.
-  assert log.count("continuing") >= times - 1
+  assert log.count("continuing") >= len(numbers) - 1
 
 
 @pytest.mark.slow

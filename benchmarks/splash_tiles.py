@@ -74,6 +74,11 @@ def compile_kernels(
   jax.jit(jax.grad(total, (0, 1, 2)) if grad else attend).lower(q, q, q).compile()
 
 
+def count_bundles(text: str) -> int:
+  """Of a listing by libtpu: lines of `address [marks] : { instructions }`."""
+  return len(re.findall(r"(?m)^\s*(?:0x[0-9a-f]+|0)\s[^{]*:", text))
+
+
 def bundles(
   device: str, tokens: int, tile: int, layout: str, grad: bool
 ) -> dict[str, int]:
@@ -99,8 +104,7 @@ def bundles(
     for path in pathlib.Path(folder).glob("*splash_mha_*final_bundles.txt"):
       if "schedule-analysis" not in path.name:
         kernel = re.search(r"splash_mha_([a-z]+)_", path.name)[1]
-        lines = re.findall(r"(?m)^\s*(?:0x[0-9a-f]+|0)\s.*?:", path.read_text())
-        found[kernel] = len(lines)
+        found[kernel] = count_bundles(path.read_text())
   if found.keys() != ({"fwd", "dq", "dkv"} if grad else {"fwd"}):
     raise RuntimeError(f"libtpu wrote the schedules of {sorted(found)} only")
   return found

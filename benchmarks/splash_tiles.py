@@ -41,17 +41,19 @@ from lrm_jax.models import attention
 
 NOT_INSTALLED = 3
 HEAD_DIM = 64
-HEADS = 2  # of the compiled program; the schedule is that of one
+# Of the compiled program, so large that its arrays lie in HBM, as they do in a model.
+# The schedule is that of one head of one sample.
+BATCH, HEADS = 8, 24
 # Heads are independent: a chip of two cores takes two at a time.
 CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
 
 # tokens -> tiles: what splash_tile would choose if larger or smaller ones were allowed.
 TILES = {
   1024: (512, 1024),
-  1229: (512, 640, 1280),
-  1357: (512, 768, 1408),
-  1613: (512, 896, 1664),
-  4429: (512, 896, 1536),
+  1229: (640, 1280),
+  1357: (768, 1408),
+  1613: (896, 1664),
+  4429: (896, 1152, 1536),
 }
 
 
@@ -61,7 +63,7 @@ def compile_kernels(
   """Compiles attention alone, for libtpu to write what it makes of it."""
   devices = aot.target(device).devices[:1]
   place = jax.sharding.SingleDeviceSharding(devices[0])
-  shape = (1, tokens, HEADS, HEAD_DIM)
+  shape = (BATCH, tokens, HEADS, HEAD_DIM)
   q = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
 
   def attend(q, k, v):

@@ -41,7 +41,7 @@ def test_cycles_are_those_of_all_tiles(monkeypatch):
   row = splash_tiles.measure("v5p:2x2x1", 1357, 768, "SEQ_MINOR")
   assert [case[-1] for case in seen] == [False, True]
   assert (row["padded"], row["forward"], row["gradient"]) == (1536, 3600, 24000)
-  assert not row["chosen"]
+  assert row["chosen"]
   cores, clock, peak = 2, 1.75e9, 459e12
   rate = cores * 4 * 1357**2 * 64 * clock / 3600
   assert row["forward_share"] == pytest.approx(rate / peak)
@@ -52,7 +52,7 @@ def test_cycles_are_those_of_all_tiles(monkeypatch):
 
   monkeypatch.setattr(splash_tiles, "bundles", too_large)
   failed = splash_tiles.measure("v5e:2x2", 1613, 1664, "SEQ_MINOR")
-  assert failed["error"] == "RESOURCE_EXHAUSTED"
+  assert failed["error"] == "RESOURCE_EXHAUSTED" and not failed["chosen"]
   head, _, *lines = splash_tiles.table([row, failed]).splitlines()
   assert "does not compile" in lines[1]
   assert {line.count("|") for line in lines} == {head.count("|")}
@@ -66,7 +66,7 @@ def test_large_tiles_take_fewer_cycles(monkeypatch):
   # The suite's "highest" asks the kernel for float32 products of bfloat16 tiles.
   monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "default")
   one, four = (
-    splash_tiles.measure("v5e:2x2", 1357, tile, "SEQ_MINOR") for tile in (1408, 768)
+    splash_tiles.measure("v5e:2x2", 1229, tile, "SEQ_MINOR") for tile in (1280, 640)
   )
   assert one["chosen"] and one["forward"] < 0.8 * four["forward"]
-  assert one["gradient"] < 0.8 * four["gradient"]
+  assert one["gradient"] < 0.9 * four["gradient"]

@@ -24,10 +24,10 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 CUDNN_MULTIPLE = 16
 
 # Splash attention works in square tiles: rows are a multiple of the vector lanes. The
-# larger the fewer cycles (benchmarks/splash_tiles.py); above this, some chips lack the
-# fast memory.
+# larger the fewer cycles (benchmarks/splash_tiles.py); those of 1408 rows do not fit
+# the fast memory of v5e and v5p.
 LANES = 128
-SPLASH_TILE = 1536
+SPLASH_TILE = 1280
 # Tokens along the lanes: heads of 64 channels would leave half of them empty, in every
 # array between the products before and this kernel.
 SPLASH_LAYOUT = splash_attention_kernel.QKVLayout.SEQ_MINOR

@@ -382,7 +382,7 @@ def test_for_a_tpu():
     cwd=ROOT,
     env={
       **os.environ,
-      "PYTHONPATH": str(ROOT),
+      "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
       # The suite's "highest" asks the kernel for float32 products of bfloat16 tiles.
       "JAX_DEFAULT_MATMUL_PRECISION": "default",
     },

@@ -57,6 +57,10 @@ TILES = {
 }
 
 
+class TooLargeError(RuntimeError):
+  """The kernels of such a tile do not fit the chip's fast memory."""
+
+
 def compile_kernels(
   device: str, tokens: int, tile: int, layout: str, grad: bool
 ) -> None:
@@ -87,7 +91,8 @@ def bundles(
   """Kernel (`fwd`, `dq`, `dkv`) -> bundles of one tile, from a process of its own.
 
   Raises:
-    RuntimeError: it does not compile; the compiler's words.
+    TooLargeError: it does not fit; the compiler's words.
+    RuntimeError: it does not compile for another reason.
   """
   with tempfile.TemporaryDirectory() as folder:
     # Read once, when libtpu is loaded.
@@ -101,7 +106,9 @@ def bundles(
     )
     if run.returncode:
       lines = [line for line in run.stderr.splitlines() if "Error" in line]
-      raise RuntimeError(lines[-1] if lines else run.stderr[-300:])
+      reason = lines[-1] if lines else run.stderr[-300:]
+      kind = TooLargeError if "RESOURCE_EXHAUSTED" in reason else RuntimeError
+      raise kind(reason)
     found = {}
     for path in pathlib.Path(folder).glob("*splash_mha_*final_bundles.txt"):
       if "schedule-analysis" not in path.name:
@@ -122,7 +129,7 @@ def measure(device: str, tokens: int, tile: int, layout: str) -> dict[str, Any]:
   try:
     forward = bundles(device, tokens, tile, layout, grad=False)
     gradient = bundles(device, tokens, tile, layout, grad=True)
-  except RuntimeError as e:
+  except TooLargeError as e:
     return row | {"error": str(e)}
   row["forward"] = forward["fwd"] * tiles**2
   row |= {kernel: count * tiles**2 for kernel, count in gradient.items()}
@@ -145,7 +152,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     line = f"| {r['device'].partition(':')[0]} | {r['tokens']} | {r['tile']}{mark} "
     line += f"| {r['padded']} | {r['layout'].lower()} "
     if "error" in r:
-      line += "| does not compile | | |"
+      line += "| does not fit | | |"
     else:
       line += (
         f"| {r['forward']:,} | {r['gradient']:,} ({r['fwd']:,} + {r['dq']:,} + "
@@ -177,12 +184,18 @@ def main() -> None:
   if importlib.util.find_spec("libtpu") is None:
     print('libtpu is not installed: pip install "libtpu==0.0.42.*"', file=sys.stderr)
     raise SystemExit(NOT_INSTALLED)
+  for device in args.device:
+    if device.partition(":")[0] not in CORES:
+      parser.error(f"--device {device}: one of {', '.join(CORES)}, as in v5e:2x2")
   rows = []
   for device in args.device:
     for tokens in args.tokens:
       for tile in TILES[tokens]:
         for layout in args.layout:
-          rows.append(measure(device, tokens, tile, layout))
+          try:
+            rows.append(measure(device, tokens, tile, layout))
+          except RuntimeError as e:
+            raise SystemExit(f"error: {device}, tile {tile}: {e}") from e
           print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
   print(table(rows))
   if args.out is not None:

@@ -187,6 +187,14 @@ def step_and_args(target, *, rows=8):
   return jax.jit(step, donate_argnums=0, out_shardings=(place(), place())), (w, x)
 
 
+def test_kernels_take_the_attention_share_of_the_peak(target):
+  chip = dataclasses.replace(target.chip, attention_share=0.25)
+  step, args = step_and_args(target)
+  target = dataclasses.replace(target, chip=chip)
+  report = aot.report(step, args, target, flops_per_step=800.0, kernel_flops=80.0)
+  assert (report.kernel_seconds, report.kernel_share) == (80 / 8 / 0.25, 0.25)
+
+
 def test_report(target):
   step, args = step_and_args(target)
   report = aot.report(step, args, target, flops_per_step=800.0, reserve=10**5)

@@ -177,6 +177,9 @@ def test_splash(splash, n):
   for a, b in zip(grads, grads2, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
   assert {c.block_q for c in splash} == {128 if n == 128 else 256}
+  # Tokens along the lanes.
+  layouts = {(c.q_layout, c.k_layout, c.v_layout) for c in splash}
+  assert layouts == {(splash_attention_kernel.QKVLayout.SEQ_MINOR,) * 3}
 
 
 def test_splash_on_a_mesh(splash):

@@ -48,13 +48,13 @@ def test_cycles_are_those_of_all_tiles(monkeypatch):
   assert row["gradient_share"] == pytest.approx(3.5 * rate * 3600 / 24000 / peak)
 
   def too_large(*case, **kw):
-    raise RuntimeError("RESOURCE_EXHAUSTED")
+    raise splash_tiles.TooLargeError("RESOURCE_EXHAUSTED")
 
   monkeypatch.setattr(splash_tiles, "bundles", too_large)
   failed = splash_tiles.measure("v5e:2x2", 1613, 1664, "SEQ_MINOR")
   assert failed["error"] == "RESOURCE_EXHAUSTED" and not failed["chosen"]
   head, _, *lines = splash_tiles.table([row, failed]).splitlines()
-  assert "does not compile" in lines[1]
+  assert "does not fit" in lines[1]
   assert {line.count("|") for line in lines} == {head.count("|")}
 
 
